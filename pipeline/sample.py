@@ -1,0 +1,236 @@
+"""Planes and cameras to bytes and back.
+
+A sample in a shard is consecutive tar members, the JSON first:
+
+    {key}.json
+    {key}.000.rgba.webp      view 0, then its other planes in the spec's order
+    {key}.001.rgba.webp      view 1 ...
+
+Pixels arrive scene-linear with premultiplied alpha, as a renderer makes them, and leave as 8-bit sRGB with straight
+alpha. Always encoded here, by one pinned OpenCV, so that equal pixels give equal bytes: PNG files written by Blender
+hold render times in text chunks and are never equal twice.
+
+Lossless WebP at 512^2 takes 70 to 85 ms to encode and releases the GIL: callers encode in threads while they render.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import SCHEMA
+from pipeline.spec import canonical_json
+from pipeline.types import Asset, Camera, Normalization, Plane, Sample
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_VIEWS = 999
+
+# cv2 takes a WebP quality above 100 as "lossless".
+_ENCODERS: Mapping[str, tuple[str, list[int]]] = {
+    "webp": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
+    "webp-q95": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 95]),
+    "png": (".png", [cv2.IMWRITE_PNG_COMPRESSION, 6]),
+}
+
+
+class SampleError(ValueError):
+    """Bytes that should be a sample are not: names the sample and what was found."""
+
+
+def linear_to_srgb(linear: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Apply the sRGB transfer curve (IEC 61966-2-1) to values clipped to [0, 1]; same shape."""
+    x = np.clip(np.asarray(linear, np.float32), 0.0, 1.0)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(np.float32)
+
+
+def srgb_to_linear(srgb: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Invert `linear_to_srgb`; same shape, values in [0, 1]."""
+    x = np.clip(np.asarray(srgb, np.float32), 0.0, 1.0)
+    return np.where(x <= 0.04045, x / 12.92, np.power((x + 0.055) / 1.055, 2.4, dtype=np.float32)).astype(np.float32)
+
+
+def premultiplied_linear_to_rgba8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Convert scene-linear, premultiplied float pixels [H, W, 4] to straight sRGB RGBA uint8 [H, W, 4].
+
+    Where alpha rounds to 0 the colour is 0 too, so that invisible noise costs no bytes.
+    """
+    if pixels.ndim != 3 or pixels.shape[2] != 4:
+        raise ValueError(f"pixels have shape {pixels.shape}; [H, W, 4] is required")
+    finite = np.nan_to_num(pixels, nan=0.0, posinf=1e4, neginf=0.0)
+    alpha = np.clip(finite[..., 3:], 0.0, 1.0)
+    colour = finite[..., :3] / np.maximum(alpha, 1e-6)
+    out = np.empty(pixels.shape, np.uint8)
+    out[..., :3] = np.rint(linear_to_srgb(colour) * 255)
+    out[..., 3:] = np.rint(alpha * 255)
+    out[out[..., 3] == 0] = 0
+    return out
+
+
+def encode_rgba(rgba: NDArray[np.uint8], codec: str) -> Plane:
+    """Encode straight RGBA uint8 [H, W, 4] with a codec of the spec ("webp", "webp-q95", "png")."""
+    if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
+        raise ValueError(f"rgba has shape {rgba.shape}, {rgba.dtype}; [H, W, 4] uint8 is required")
+    ending, flags = _ENCODERS[codec]
+    ok, data = cv2.imencode(ending, cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA), flags)
+    if not ok:
+        raise SampleError(f"OpenCV could not encode an image of {rgba.shape[1]} x {rgba.shape[0]} px as {codec}")
+    return Plane(codec="png" if codec == "png" else "webp", data=data.tobytes())
+
+
+def decode_rgba(data: bytes) -> NDArray[np.uint8]:
+    """Decode an encoded rgba plane to straight RGBA uint8 [H, W, 4].
+
+    Raises:
+        SampleError: if the bytes are not an 8-bit image with four channels.
+    """
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if image is None or image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
+        raise SampleError(f"rgba plane of {len(data)} bytes does not decode to an 8-bit RGBA image")
+    code = cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGBA  # WebP drops an alpha that is full
+    return np.asarray(cv2.cvtColor(image, code), np.uint8)
+
+
+def sample_metadata(sample: Sample) -> dict[str, Any]:
+    """Return the JSON value of a sample, as the schema in DESIGN section 5 has it."""
+    asset, norm = sample.asset, sample.normalization
+    return {
+        "schema": SCHEMA,
+        "key": sample.key,
+        "uid": asset.uid,
+        "source": asset.source,
+        "license": asset.license,
+        "attribution": asset.attribution,
+        "asset_sha256": asset.sha256,
+        "spec": sample.spec_fingerprint,
+        "seed": sample.seed,
+        "normalization": {
+            "scale": float(norm.scale),
+            "rotation": np.asarray(norm.rotation, float).tolist(),
+            "translation": np.asarray(norm.translation, float).tolist(),
+        },
+        "quality": dict(sample.quality),
+        "lights": dict(sample.lights),
+        "num_views": len(sample.views),
+        "views": [
+            {
+                "world_from_camera": view.camera.world_from_camera.tolist(),
+                "intrinsics": view.camera.intrinsics.tolist(),
+                "width": view.camera.width,
+                "height": view.camera.height,
+                "planes": {
+                    name: {"codec": plane.codec, "num_bytes": len(plane.data), "crc32": plane.crc32}
+                    | ({} if plane.scale is None else {"scale": plane.scale})
+                    for name, plane in view.planes.items()
+                },
+            }
+            for view in sample.views
+        ],
+    }
+
+
+def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    """Yield (member name, bytes) of a sample in the order of the shard.
+
+    Raises:
+        SampleError: if view indexes are not 0..N-1 or views differ in their planes.
+    """
+    if not 1 <= len(sample.views) <= MAX_VIEWS or [v.index for v in sample.views] != list(range(len(sample.views))):
+        raise SampleError(f"{sample.key}: views {[v.index for v in sample.views]} are not 0..N-1 with N in 1..{MAX_VIEWS}")
+    names = list(sample.views[0].planes)
+    if "rgba" not in names or any(list(view.planes) != names for view in sample.views):
+        raise SampleError(f"{sample.key}: planes {names} lack rgba or differ between views")
+    yield f"{sample.key}.json", canonical_json(sample_metadata(sample))
+    for view in sample.views:
+        for name, plane in view.planes.items():
+            yield f"{sample.key}.{view.index:03d}.{name}.{plane.codec}", plane.data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleHeader:
+    """The parsed JSON of a sample: who it is, and its cameras; `metadata` is the whole value."""
+
+    key: str
+    uid: str
+    cameras: tuple[Camera, ...]
+    plane_names: tuple[str, ...]
+    normalization: Normalization
+    metadata: Mapping[str, Any]
+
+
+def parse_sample_json(data: bytes) -> SampleHeader:
+    """Parse and check the JSON member of a sample: untrusted bytes, bounded work, typed errors.
+
+    Raises:
+        SampleError: naming the field that is wrong.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise SampleError(f"sample JSON has {len(data)} bytes; at most {MAX_JSON_BYTES} are allowed")
+    try:
+        meta = json.loads(data)
+        if not isinstance(meta, dict):
+            raise SampleError(f"sample JSON holds a {type(meta).__name__}, not an object")
+        if meta["schema"] != SCHEMA:
+            raise SampleError(f"sample {meta.get('key')!r} has schema {meta['schema']!r}; this code reads {SCHEMA}")
+        views = meta["views"]
+        if not 1 <= len(views) <= MAX_VIEWS or meta["num_views"] != len(views):
+            raise SampleError(f"sample {meta['key']!r}: num_views {meta['num_views']!r} but {len(views)} views")
+        cameras = tuple(_parse_camera(view) for view in views)
+        names = tuple(views[0]["planes"])
+        if any(tuple(sorted(view["planes"])) != tuple(sorted(names)) for view in views):
+            raise SampleError(f"sample {meta['key']!r}: planes differ between views")
+        norm = meta["normalization"]
+        normalization = Normalization(
+            scale=float(norm["scale"]),
+            rotation=np.array(norm["rotation"], np.float64).reshape(3, 3),
+            translation=np.array(norm["translation"], np.float64).reshape(3),
+        )
+        return SampleHeader(
+            key=str(meta["key"]), uid=str(meta["uid"]), cameras=cameras, plane_names=names,
+            normalization=normalization, metadata=meta,
+        )  # fmt: skip
+    except SampleError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        raise SampleError(f"sample JSON is malformed: {type(error).__name__}: {error}") from None
+
+
+def _parse_camera(view: Mapping[str, Any]) -> Camera:
+    width, height = view["width"], view["height"]
+    if not all(isinstance(size, int) and 1 <= size <= 16384 for size in (width, height)):
+        raise SampleError(f"view size {width!r} x {height!r} is not 1 to 16384 px")
+    return Camera(
+        world_from_camera=np.array(view["world_from_camera"], np.float64),
+        intrinsics=np.array(view["intrinsics"], np.float64),
+        width=width,
+        height=height,
+    )
+
+
+def alpha_coverage(images: Sequence[NDArray[np.uint8]]) -> float:
+    """Return the mean share of opaque pixels (alpha over one half) of RGBA images [H, W, 4]."""
+    return math.fsum(float((image[..., 3] > 127).mean()) for image in images) / max(1, len(images))
+
+
+def contact_sheet(images: Sequence[NDArray[np.uint8]], columns: int, background: int = 255) -> NDArray[np.uint8]:
+    """Tile RGBA images of one size [H, W, 4] row by row over a plain background; RGB [rows * H, columns * W, 3]."""
+    height, width = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * height, columns * width, 3), background, np.uint8)
+    for i, image in enumerate(images):
+        alpha = image[..., 3:].astype(np.float32) / 255
+        top, left = i // columns * height, i % columns * width
+        flat = image[..., :3] * alpha + background * (1 - alpha)
+        sheet[top : top + height, left : left + width] = np.rint(flat).astype(np.uint8)
+    return sheet
+
+
+def asset_row(asset: Asset) -> dict[str, Any]:
+    """Return the columns that a plan and a receipt hold of an asset."""
+    return {name: getattr(asset, name) for name in Asset.__dataclass_fields__}

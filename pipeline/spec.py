@@ -1,0 +1,252 @@
+"""The dataset spec: every knob, read from TOML, split into what changes pixels and what does not.
+
+`[render]` is the pixel part. Its digest, with the producer's version, is the fingerprint that samples carry: two
+samples with one fingerprint and one asset are the same picture. Everything else may change without a new render.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.types import PlaneName, UserError
+
+Strict = ConfigDict(extra="forbid", frozen=True)
+M = TypeVar("M", bound=BaseModel)
+
+
+class ProceduralSource(BaseModel):
+    """Seeded compositions of textured primitives; needs no files and no network."""
+
+    model_config = Strict
+    kind: Literal["procedural"] = "procedural"
+    num_objects: int = Field(12, ge=1, description="how many objects; object i has uid procedural-<first_seed + i>")
+    first_seed: int = Field(0, ge=0, description="seed of the first object")
+
+
+class DirectorySource(BaseModel):
+    """Files on disk: a folder (searched recursively), a glob, or a CSV/Parquet list of files."""
+
+    model_config = Strict
+    kind: Literal["directory"] = "directory"
+    path: str = Field(description="folder, glob pattern, or a .csv/.parquet list with a column `file` (and uid, license, ...)")
+    license: str = Field("unknown", description="SPDX licence of files whose list does not say")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of paths, relative to the folder, to leave out")
+
+
+class ObjaverseSource(BaseModel):
+    """Objaverse 1.0 through the objaverse package, over files that were fetched and verified by us."""
+
+    model_config = Strict
+    kind: Literal["objaverse"] = "objaverse"
+    uids: tuple[str, ...] = Field((), description="uids to take; empty takes all (or all of lvis_categories)")
+    uids_file: str | None = Field(None, description="text file with one uid a line")
+    lvis_categories: tuple[str, ...] = Field((), description="LVIS categories to take")
+    max_objects: int | None = Field(None, ge=1, description="take the first N of the (sorted) uids")
+    base_url: str | None = Field(None, description="hub to fetch from; default HF_ENDPOINT or https://huggingface.co")
+    use_xl_digests: bool = Field(True, description="take sha256 of each GLB from the Objaverse-XL table where it has one")
+
+
+Source = Annotated[ProceduralSource | DirectorySource | ObjaverseSource, Field(discriminator="kind")]
+
+
+class RenderSpec(BaseModel):
+    """The pixel part: every field here changes pixels, and so the fingerprint."""
+
+    model_config = Strict
+    preset: Literal["lrm"] = Field("lrm", description="camera recipe: radius and height ranges, look-at the origin")
+    num_views: int = Field(32, ge=1, le=999, description="views an object")
+    resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
+    fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees")
+    samples: int = Field(16, ge=1, le=65536, description="Cycles samples a pixel (upper bound under adaptive sampling)")
+    denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
+    lighting: Literal["studio", "ambient"] = Field("studio", description="studio: environment, key and fill, seeded per uid")
+    planes: tuple[PlaneName, ...] = Field(("rgba",), description="planes of each view, in the order of the shard")
+    codec: Literal["webp", "webp-q95", "png"] = Field("webp", description="webp is lossless; webp-q95 is lossy; png")
+    seed: int = Field(0, ge=0, description="seed of cameras, lights and sampling; 0 is a seed like any other")
+
+    @model_validator(mode="after")
+    def _rgba_first(self) -> RenderSpec:
+        if "rgba" not in self.planes or len(set(self.planes)) != len(self.planes):
+            raise ValueError(f"planes {list(self.planes)} must hold 'rgba' and no plane twice")
+        if set(self.planes) - {"rgba"}:
+            raise ValueError(f"planes {list(self.planes)}: only 'rgba' is rendered yet")
+        return self
+
+
+class ShardSpec(BaseModel):
+    """How assets are dealt into shards."""
+
+    model_config = Strict
+    objects_per_shard: int = Field(64, ge=1, le=100_000, description="planned objects a shard")
+
+
+class AdmissionSpec(BaseModel):
+    """What is let in: licences before the fetch, sizes before the render, pictures after it."""
+
+    model_config = Strict
+    licenses: Literal["any", "commercial"] | tuple[str, ...] = Field(
+        "any", description="any, commercial (no NC, no ND, no unknown), or a list of SPDX identifiers"
+    )
+    max_asset_bytes: int = Field(512 * 2**20, ge=1, description="largest main file")
+    max_triangles: int = Field(5_000_000, ge=1, description="largest triangle count in the file or in Blender")
+    min_triangle_share: float = Field(0.9, ge=0, le=1, description="least share of the file's triangles that must import")
+    min_alpha_coverage: float = Field(0.0005, ge=0, le=1, description="least mean alpha coverage over the views")
+
+
+class LimitSpec(BaseModel):
+    """Limits on one asset, and on the child process that opens it."""
+
+    model_config = Strict
+    deadline_s: float = Field(300.0, gt=0, description="wall time an asset may take in the child")
+    memory_bytes: int = Field(8 * 2**30, ge=2**28, description="resident memory that the child may hold")
+    objects_per_child: int = Field(50, ge=1, description="recycle the child after so many objects")
+    max_attempts: int = Field(2, ge=1, le=10, description="tries of a retryable failure, the first included")
+
+
+class FetchSpec(BaseModel):
+    """How downloads behave."""
+
+    model_config = Strict
+    cache_dir: str | None = Field(None, description="content-addressed cache; default $XDG_CACHE_HOME or ~/.cache")
+    connect_timeout_s: float = Field(10.0, gt=0)
+    read_timeout_s: float = Field(30.0, gt=0, description="longest silence between two pieces of a body")
+    deadline_s: float = Field(600.0, gt=0, description="longest time one file may take, all tries included")
+    max_tries: int = Field(5, ge=1, le=20)
+    backoff_s: float = Field(0.5, gt=0, description="first pause between tries; doubles, with jitter; Retry-After wins")
+
+
+class SplitSpec(BaseModel):
+    """The held-out split: a pure rule on the uid, sha256(salt, uid) mod 1000 < heldout_per_mille."""
+
+    model_config = Strict
+    heldout_per_mille: int = Field(20, ge=0, le=1000)
+    salt: str = "lrm"
+
+
+class WorkerSpec(BaseModel):
+    """What one render task takes of a node."""
+
+    model_config = Strict
+    num_cpus: float = Field(1.0, gt=0, description="CPUs a render task reserves, and threads its Blender uses")
+    open_shards: int = Field(4, ge=1, description="shards in flight, lowest index first")
+
+
+class DatasetSpec(BaseModel):
+    """One dataset: where assets come from, how they are rendered, admitted, and dealt into shards."""
+
+    model_config = Strict
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the dataset")
+    source: Source
+    render: RenderSpec = RenderSpec()
+    shards: ShardSpec = ShardSpec()
+    admission: AdmissionSpec = AdmissionSpec()
+    limits: LimitSpec = LimitSpec()
+    fetch: FetchSpec = FetchSpec()
+    split: SplitSpec = SplitSpec()
+    workers: WorkerSpec = WorkerSpec()
+
+    def fingerprint(self, producer: str) -> str:
+        """Return the digest of everything that decides pixels.
+
+        Args:
+            producer: name and version of what makes the pixels, such as "blender 4.5.15, render revision 1".
+        """
+        return digest_json({"render": self.render.model_dump(mode="json"), "producer": producer})
+
+    def plan_set_id(self, fingerprint: str) -> str:
+        """Return the name of the frozen plan: a digest of all that decides which asset stands in which shard."""
+        part = {
+            "name": self.name,
+            "fingerprint": fingerprint,
+            "source": self.source.model_dump(mode="json"),
+            "shards": self.shards.model_dump(mode="json"),
+            "licenses": self.admission.model_dump(mode="json")["licenses"],
+        }
+        return f"{self.name}-{digest_json(part)[:16]}"
+
+    def is_heldout(self, uid: str) -> bool:
+        """Whether the uid belongs to the held-out split."""
+        digest = hashlib.sha256(f"{self.split.salt}\x1f{uid}".encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") % 1000 < self.split.heldout_per_mille
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+
+
+def digest_json(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of a value, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> DatasetSpec:
+    """Read a DatasetSpec from a TOML file, with `section.key=value` overrides.
+
+    A relative `source.path` or `source.uids_file` is taken relative to the working directory.
+
+    Raises:
+        UserError: naming the file and the key that is wrong.
+    """
+    data = apply_overrides(read_toml(path), overrides)
+    return validate_config(DatasetSpec, data, str(path))
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a TOML file; a missing or malformed one is a UserError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"spec {path}: no such file; see jobs/specs/ for examples") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"spec {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"spec {path}: not valid TOML: {error}") from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return data with `a.b=value` settings applied; a value is read as TOML, else kept as a string."""
+    data = json.loads(json.dumps(data, default=str))
+    for item in overrides:
+        name, separator, text = item.partition("=")
+        if not separator or not name.strip():
+            raise UserError(f"--set {item!r}: expected section.key=value, such as render.samples=32")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, key = name.strip().split(".")
+        target = data
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"--set {item!r}: {section!r} is a value, not a section")
+        target[key] = value
+    return data
+
+
+def validate_config(model: type[M], data: Any, where: str) -> M:
+    """Build a pydantic model, turning the first validation error into a one-line UserError."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        kinds = {"procedural", "directory", "objaverse"}
+        name = ".".join(str(part) for part in first["loc"] if part not in kinds) or "(top level)"
+        if first["type"] == "extra_forbidden":
+            text = f"unknown key {name!r}; remove it or check its spelling"
+        elif first["type"] == "missing":
+            text = f"key {name!r} is missing"
+        else:
+            found = first.get("input")
+            text = f"{name} = {found!r}: {first['msg']}" if not isinstance(found, dict) else f"{name}: {first['msg']}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"{where}: {text}{more}") from None
