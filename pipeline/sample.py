@@ -47,7 +47,9 @@ class SampleError(ValueError):
 def linear_to_srgb(linear: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """Apply the sRGB transfer curve (IEC 61966-2-1) to values clipped to [0, 1]; same shape."""
     x = np.clip(np.asarray(linear, np.float32), 0.0, 1.0)
-    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(np.float32)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(
+        np.float32
+    )
 
 
 def srgb_to_linear(srgb: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
@@ -142,7 +144,9 @@ def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
         SampleError: if view indexes are not 0..N-1 or views differ in their planes.
     """
     if not 1 <= len(sample.views) <= MAX_VIEWS or [v.index for v in sample.views] != list(range(len(sample.views))):
-        raise SampleError(f"{sample.key}: views {[v.index for v in sample.views]} are not 0..N-1 with N in 1..{MAX_VIEWS}")
+        raise SampleError(
+            f"{sample.key}: views {[v.index for v in sample.views]} are not 0..N-1 with N in 1..{MAX_VIEWS}"
+        )
     names = list(sample.views[0].planes)
     if "rgba" not in names or any(list(view.planes) != names for view in sample.views):
         raise SampleError(f"{sample.key}: planes {names} lack rgba or differ between views")

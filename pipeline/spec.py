@@ -36,7 +36,9 @@ class DirectorySource(BaseModel):
 
     model_config = Strict
     kind: Literal["directory"] = "directory"
-    path: str = Field(description="folder, glob pattern, or a .csv/.parquet list with a column `file` (and uid, license, ...)")
+    path: str = Field(
+        description="folder, glob pattern, or a .csv/.parquet list with a column `file` (and uid, license, ...)"
+    )
     license: str = Field("unknown", description="SPDX licence of files whose list does not say")
     exclude: tuple[str, ...] = Field((), description="glob patterns of paths, relative to the folder, to leave out")
 
@@ -51,7 +53,9 @@ class ObjaverseSource(BaseModel):
     lvis_categories: tuple[str, ...] = Field((), description="LVIS categories to take")
     max_objects: int | None = Field(None, ge=1, description="take the first N of the (sorted) uids")
     base_url: str | None = Field(None, description="hub to fetch from; default HF_ENDPOINT or https://huggingface.co")
-    use_xl_digests: bool = Field(True, description="take sha256 of each GLB from the Objaverse-XL table where it has one")
+    use_xl_digests: bool = Field(
+        True, description="take sha256 of each GLB from the Objaverse-XL table where it has one"
+    )
 
 
 Source = Annotated[ProceduralSource | DirectorySource | ObjaverseSource, Field(discriminator="kind")]
@@ -67,7 +71,9 @@ class RenderSpec(BaseModel):
     fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees")
     samples: int = Field(16, ge=1, le=65536, description="Cycles samples a pixel (upper bound under adaptive sampling)")
     denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
-    lighting: Literal["studio", "ambient"] = Field("studio", description="studio: environment, key and fill, seeded per uid")
+    lighting: Literal["studio", "ambient"] = Field(
+        "studio", description="studio: environment, key and fill, seeded per uid"
+    )
     planes: tuple[PlaneName, ...] = Field(("rgba",), description="planes of each view, in the order of the shard")
     codec: Literal["webp", "webp-q95", "png"] = Field("webp", description="webp is lossless; webp-q95 is lossy; png")
     seed: int = Field(0, ge=0, description="seed of cameras, lights and sampling; 0 is a seed like any other")
@@ -97,7 +103,9 @@ class AdmissionSpec(BaseModel):
     )
     max_asset_bytes: int = Field(512 * 2**20, ge=1, description="largest main file")
     max_triangles: int = Field(5_000_000, ge=1, description="largest triangle count in the file or in Blender")
-    min_triangle_share: float = Field(0.9, ge=0, le=1, description="least share of the file's triangles that must import")
+    min_triangle_share: float = Field(
+        0.9, ge=0, le=1, description="least share of the file's triangles that must import"
+    )
     min_alpha_coverage: float = Field(0.0005, ge=0, le=1, description="least mean alpha coverage over the views")
 
 

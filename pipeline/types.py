@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
-KEY_PATTERN = re.compile(r"^[a-z0-9_-]{1,100}$")
+KEY_PATTERN = re.compile(r"^[a-z0-9_-]{1,80}$")  # with the longest member suffix it fits a plain tar name of 100 bytes
 MAX_MESSAGE_CHARS = 500
 MAX_LOG_TAIL_CHARS = 4000
 
@@ -173,7 +173,9 @@ class Camera:
         if abs(rotation @ rotation.T - np.eye(3)).max() > 1e-6 or np.linalg.det(rotation) < 0:
             raise ValueError(f"world_from_camera is not a rigid motion: {pose.tolist()}")
         if self.width < 1 or self.height < 1 or k[0, 0] <= 0 or k[1, 1] <= 0:
-            raise ValueError(f"camera of {self.width} x {self.height} px with focal {k[0, 0]}, {k[1, 1]} px is not valid")
+            raise ValueError(
+                f"camera of {self.width} x {self.height} px with focal {k[0, 0]}, {k[1, 1]} px is not valid"
+            )
 
     def project(self, points: Float64) -> Float64:
         """Project world points [N, 3] to pixels [N, 2]; points behind the camera give NaN."""

@@ -1,0 +1,223 @@
+"""Receipts: the commit of a shard.
+
+    receipts/<plan_id>.parquet     one row a planned uid, created once; until it exists the shard does not count
+
+A row tells all that is known of one object: the asset, then either where its sample lies and how to check it, or why
+there is none. Columns in `VOLATILE` (attempts, seconds, worker, dates, log tails) differ from run to run; they stay in
+the receipt and never reach a manifest, so that a corpus built twice gives one manifest digest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import SCHEMA
+from pipeline.plan import ShardPlan, check_schema
+from pipeline.sample import asset_row
+from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
+from pipeline.spec import canonical_json
+from pipeline.store import Outcome, Store
+from pipeline.types import Failure, Sample
+
+ROWS = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("uri", pa.string()),
+        ("format", pa.string()),
+        ("license", pa.string()),
+        ("attribution", pa.string()),
+        ("asset_sha256", pa.string()),
+        ("asset_bytes", pa.int64()),
+        ("fingerprint", pa.string()),
+        ("status", pa.string()),  # sample | failure
+        ("failure_kind", pa.string()),
+        ("retryable", pa.bool_()),
+        ("message", pa.string()),
+        ("seed", pa.int64()),
+        ("quality", pa.string()),  # JSON
+        ("num_views", pa.int32()),
+        ("planes", pa.list_(pa.string())),
+        ("codecs", pa.list_(pa.string())),
+        ("shard_sha256", pa.string()),
+        ("shard_bytes", pa.int64()),
+        ("offset", pa.int64()),
+        ("lengths", pa.list_(pa.int32())),
+        ("crc32s", pa.list_(pa.uint32())),
+        ("attempts", pa.int32()),
+        ("log_tail", pa.string()),
+        ("provenance", pa.string()),  # JSON: worker, device, seconds by stage, fetch date
+    ]
+)
+_METADATA = ("schema", "plan_id", "fingerprint", "shard_sha256", "shard_bytes", "planned", "samples")
+VOLATILE = ("attempts", "log_tail", "provenance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What became of one shard plan: `shard_sha256` is None if every object failed."""
+
+    plan_id: str
+    fingerprint: str
+    shard_sha256: str | None
+    shard_bytes: int
+    rows: pa.Table
+
+
+def receipt_key(plan_id: str) -> str:
+    """Return the key of a receipt in a corpus."""
+    return f"receipts/{plan_id}.parquet"
+
+
+def commit_shard(
+    store: Store, plan: ShardPlan, results: Mapping[str, Sample | Failure], scratch_dir: Path
+) -> tuple[Receipt, bool]:
+    """Write, verify and store the tar of a plan, then create its receipt: the only commit point.
+
+    Args:
+        results: one Sample or Failure for each planned uid.
+        scratch_dir: where the tar is written before it is stored; the caller removes it.
+
+    Returns:
+        The receipt that counts, and whether it is ours; another attempt may have been first, and is adopted.
+
+    Raises:
+        ValueError: if the results do not account for every planned uid; nothing is stored.
+    """
+    planned = [asset.uid for asset in plan.assets]
+    if sorted(planned) != sorted(results):
+        raise ValueError(
+            f"shard {plan.index}: {len(results)} results do not account for the {len(planned)} planned objects; "
+            f"missing {sorted(set(planned) - set(results))[:5]}, unplanned {sorted(set(results) - set(planned))[:5]}"
+        )
+    samples = [result for uid in planned if isinstance(result := results[uid], Sample)]
+    shard = None
+    if samples:
+        shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
+        verify_shard(shard.path, shard.index)
+        store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
+    data = to_parquet(plan, [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)], shard)
+    outcome = store.create(receipt_key(plan.plan_id), data)
+    if outcome is Outcome.CONFLICT:
+        return load(store, plan.plan_id), False
+    return from_parquet(data, plan.plan_id, store.url), outcome is Outcome.CREATED
+
+
+def _row(plan: ShardPlan, result: Sample | Failure, shard: Shard | None, i: int) -> dict[str, Any]:
+    asset = result.asset if isinstance(result, Sample) else plan.assets[i]
+    base = asset_row(asset)
+    base["asset_sha256"], base["asset_bytes"] = base.pop("sha256"), base.pop("num_bytes")
+    base |= {"key": asset.key, "fingerprint": plan.fingerprint}
+    base["provenance"] = canonical_json(dict(result.provenance)).decode()
+    if isinstance(result, Failure):
+        return base | {
+            "status": "failure",
+            "failure_kind": result.kind.value,
+            "retryable": result.retryable,
+            "message": result.message,
+            "attempts": result.attempts,
+            "log_tail": result.log_tail,
+        }
+    assert shard is not None, "a sample without a shard"
+    entry = shard.index[result.key]
+    return base | {
+        "status": "sample",
+        "seed": result.seed,
+        "quality": canonical_json(dict(result.quality)).decode(),
+        "num_views": entry.num_views,
+        "planes": list(entry.planes),
+        "codecs": list(entry.codecs),
+        "shard_sha256": shard.sha256,
+        "shard_bytes": shard.num_bytes,
+        "offset": entry.offset,
+        "lengths": list(entry.lengths),
+        "crc32s": list(entry.crc32s),
+        "attempts": int(result.provenance.get("attempts", 1)),
+    }
+
+
+def to_parquet(plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard | None) -> bytes:
+    """Return the file of a receipt."""
+    num_samples = sum(row["status"] == "sample" for row in rows)
+    metadata = {
+        "schema": str(SCHEMA),
+        "plan_id": plan.plan_id,
+        "fingerprint": plan.fingerprint,
+        "shard_sha256": shard.sha256 if shard else "",
+        "shard_bytes": str(shard.num_bytes if shard else 0),
+        "planned": str(len(plan.assets)),
+        "samples": str(num_samples),
+    }
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROWS.with_metadata(metadata)), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def load(store: Store, plan_id: str) -> Receipt:
+    """Read a receipt.
+
+    Raises:
+        FileNotFoundError: if the shard has not been committed.
+    """
+    return from_parquet(store.get(receipt_key(plan_id)), plan_id, store.url)
+
+
+def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
+    """Read the file of a receipt and check it against itself."""
+    try:
+        rows = pq.read_table(io.BytesIO(data))
+        stored = rows.schema.metadata or {}
+        metadata = {name: stored.get(name.encode(), b"").decode() for name in _METADATA}
+        check_schema(metadata["schema"], where, f"receipt {plan_id}")
+        rows = rows.select(ROWS.names).cast(ROWS)
+        consistent = (
+            metadata["plan_id"] == plan_id
+            and int(metadata["planned"]) == rows.num_rows
+            and rows["status"].to_pylist().count("sample") == int(metadata["samples"])
+        )
+        num_bytes = int(metadata["shard_bytes"])
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {error}") from None
+    if not consistent:
+        raise DamagedDataError(f"corpus {where}: receipt {plan_id} contradicts itself")
+    return Receipt(
+        plan_id=plan_id,
+        fingerprint=metadata["fingerprint"],
+        shard_sha256=metadata["shard_sha256"] or None,
+        shard_bytes=num_bytes,
+        rows=rows,
+    )
+
+
+def member_index(row: Mapping[str, Any]) -> MemberIndex:
+    """Return the member index that a sample's row holds.
+
+    Raises:
+        DamagedDataError: if the row contradicts itself.
+    """
+    try:
+        return MemberIndex(
+            planes=tuple(row["planes"]),
+            codecs=tuple(row["codecs"]),
+            num_views=int(row["num_views"]),
+            offset=int(row["offset"]),
+            lengths=tuple(row["lengths"]),
+            crc32s=tuple(row["crc32s"]),
+        )
+    except (TypeError, KeyError) as error:
+        raise DamagedDataError(f"row of {row.get('uid')!r} has no usable member index: {error}") from None
+
+
+def quality_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quality record of a row; empty for a failure."""
+    value = json.loads(row["quality"]) if row["quality"] else {}
+    return value if isinstance(value, dict) else {}
