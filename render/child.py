@@ -1,0 +1,159 @@
+"""The Blender child: one process that renders many assets, told by lines of JSON, answering through a pipe of its own.
+
+    python -P -s -m render.child --result-fd N --parent-pid N --memory-bytes N --threads N
+
+It is started by `render.process` and trusts its orders, but not the files that it opens; the supervisor trusts nothing
+that comes back. Before Blender is imported the process ties its life to its supervisor's, limits itself, and leaves the
+network where the system lets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.spec import RenderSpec
+from pipeline.types import AssetError, FailureKind
+from render import wire
+from render.cameras import cameras_for
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_MAX_FILE_BYTES = 2 * 2**30
+
+# Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; data and not address space,
+# since Blender reserves far more addresses than it touches.
+_DATA_FACTOR, _DATA_SLACK_BYTES = 1.5, 2**30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer requests from stdin until it ends."""
+    parser = argparse.ArgumentParser()
+    for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
+        parser.add_argument(name, type=int, required=True)
+    args = parser.parse_args(argv)
+    _die_with(args.parent_pid)
+    _limit(args.memory_bytes)
+    network = _leave_network()
+    import bpy
+
+    wire.send(args.result_fd, {"type": "ready", "blender": bpy.app.version_string, "network": network})
+    for line in sys.stdin.buffer:
+        _answer(json.loads(line), args.result_fd, args.threads)
+    return 0
+
+
+def _answer(request: dict[str, Any], fd: int, num_threads: int) -> None:
+    """Render one asset, or say why not. What is not an AssetError is a fault of ours or of Blender's Python."""
+    try:
+        _render(request, fd, num_threads)
+    except AssetError as error:
+        kind, message = error.kind, error.message
+    except MemoryError:
+        kind, message = FailureKind.OUT_OF_MEMORY, "Python could not get memory"
+    except Exception as error:  # noqa: BLE001 - any fault must become a reply, or the supervisor would wait in vain
+        traceback.print_exc()
+        kind, message = FailureKind.INTERNAL, f"{type(error).__name__}: {error}"
+    else:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    wire.send(fd, {"type": "error", "kind": kind.value, "message": message[:500]})
+
+
+def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
+    from render import engine, lighting, scene
+
+    spec = RenderSpec.model_validate(request["render"])
+    started = time.perf_counter()
+    scene.reset()
+    path = None if request["path"] is None else Path(request["path"])
+    scene.load(path, request["format"], request["procedural_seed"], Path(request["scratch_dir"]))
+    imported = time.perf_counter()
+    prepared = scene.prepare(
+        max_triangles=request["max_triangles"],
+        expected_triangles=request["expected_triangles"],
+        min_triangle_share=request["min_triangle_share"],
+    )
+    lights = lighting.set_lights(spec.lighting, request["seed"])
+    frozen = time.perf_counter()
+    norm = prepared.normalization
+    wire.send(
+        fd,
+        {
+            "type": "scene",
+            "normalization": {
+                "scale": norm.scale,
+                "rotation": norm.rotation.tolist(),
+                "translation": norm.translation.tolist(),
+            },
+            "quality": prepared.quality,
+            "lights": lights,
+        },
+    )
+    renderer = engine.Engine(spec, num_threads)
+    seconds = []
+    try:
+        for index, camera in enumerate(cameras_for(spec, request["seed"])):
+            before = time.perf_counter()
+            pixels = renderer.render(camera, engine.view_seed(request["seed"], index))
+            seconds.append(time.perf_counter() - before)
+            wire.send(fd, {"type": "view", "index": index}, memoryview(pixels).cast("B"))
+    finally:
+        renderer.close()
+    stages = {
+        "import": imported - started,
+        "freeze": frozen - imported,
+        # The first view also synchronises the scene and builds its BVH.
+        "first_view": seconds[0],
+        "views": sum(seconds),
+        "readback": renderer.readback_s,
+    }
+    wire.send(fd, {"type": "done", "seconds": stages})
+
+
+def _die_with(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the supervisor's thread that started us ends; leave if it is gone already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # Had it died before prctl, nobody would send the signal.
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _limit(memory_bytes: int) -> None:
+    for name, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
+        (resource.RLIMIT_DATA, int(memory_bytes * _DATA_FACTOR) + _DATA_SLACK_BYTES),
+    ):
+        _, hard = resource.getrlimit(name)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def _leave_network() -> str:
+    """Enter an empty network namespace, as root or in a user namespace of our own; return "none" or "open"."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for flags in (_CLONE_NEWNET, _CLONE_NEWUSER | _CLONE_NEWNET):
+        if libc.unshare(flags) == 0:
+            return "none"
+    return "open"
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # Blender's own exit handlers may crash or hang, and there is nothing left to save

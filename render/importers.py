@@ -1,0 +1,127 @@
+"""Open one asset file in Blender: one table from file ending to operator, gated on what this Blender has.
+
+`{'FINISHED'}` proves nothing: Blender says it for a corrupt Draco stream, for random bytes as a texture and for a
+COLLADA file of which nothing came in. What came in is checked by `render.scene`; here only loud failures are typed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bpy
+
+from pipeline.types import AssetError, FailureKind
+from render.gltf import default_scene_only
+
+_MAX_CAUSE_CHARS = 300
+_OPAQUE_CAUSE = re.compile(r"couldn't parse gltf", re.IGNORECASE)
+
+
+def import_asset(path: Path, format_name: str, scratch_dir: Path) -> None:
+    """Import a file into the current, empty scene.
+
+    Raises:
+        AssetError: UNSUPPORTED_FORMAT if this Blender has no importer for it, IMPORT_ERROR with the cause otherwise.
+    """
+    importer = _IMPORTERS.get(format_name)
+    if importer is None:
+        known = ", ".join(sorted(_IMPORTERS))
+        raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"format {format_name!r} is not one of: {known}")
+    try:
+        result = importer(path, scratch_dir)
+    except RuntimeError as error:
+        raise AssetError(FailureKind.IMPORT_ERROR, f"{format_name}: {_cause(str(error))}") from None
+    if "FINISHED" not in result:
+        raise AssetError(FailureKind.IMPORT_ERROR, f"{format_name}: the importer returned {sorted(result)}")
+
+
+def is_opaque_cause(message: str) -> bool:
+    """Whether an importer's message hides the cause, which then stands only in what it printed."""
+    return bool(_OPAQUE_CAUSE.search(message))
+
+
+def _cause(text: str) -> str:
+    """Return the last line of an operator's error that says something: of a traceback, the exception."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Location:")]
+    last = lines[-1] if lines else "the importer gave no reason"
+    return last.removeprefix("Error: ")[:_MAX_CAUSE_CHARS]
+
+
+def _operator(name: str) -> Callable[..., Any] | None:
+    """Return bpy.ops.<name> if this Blender has it; the attribute itself always exists."""
+    group, _, leaf = name.partition(".")
+    operator = getattr(getattr(bpy.ops, group), leaf)
+    try:
+        operator.get_rna_type()
+    except KeyError:
+        return None
+    return operator  # type: ignore[no-any-return]
+
+
+def _call(names: tuple[str, ...], **settings: Any) -> Callable[[Path, Path], Any]:
+    """Return an importer that calls the first of the operators that this Blender has."""
+
+    def run(path: Path, _scratch_dir: Path) -> Any:
+        for name in names:
+            operator = _operator(name)
+            if operator is not None:
+                known = {prop.identifier for prop in operator.get_rna_type().properties}  # type: ignore[attr-defined]
+                return operator(filepath=str(path), **{k: v for k, v in settings.items() if k in known})
+        found = f"Blender {bpy.app.version_string} has none of the operators {', '.join(names)}"
+        raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{path.suffix} files: {found}")
+
+    return run
+
+
+_gltf_operator = _call(
+    ("import_scene.gltf",),
+    # Without this every rigged file brings a bone shape, a hidden sphere two units across, as a mesh of the scene.
+    disable_bone_shape=True,
+    import_shading="NORMALS",
+    import_pack_images=True,
+)
+
+
+def _gltf(path: Path, scratch_dir: Path) -> Any:
+    return _gltf_operator(default_scene_only(path, scratch_dir), scratch_dir)
+
+
+def _blend(path: Path, _scratch_dir: Path) -> Any:
+    """Open a .blend file: its own active scene is the asset; scripts that it carries never run."""
+    result = bpy.ops.wm.open_mainfile(filepath=str(path), load_ui=False, use_scripts=False)
+    bpy.context.preferences.filepaths.use_scripts_auto_execute = False
+    return result
+
+
+_usd = _call(
+    ("wm.usd_import",),
+    import_cameras=False,
+    import_lights=False,
+    import_proxy=False,
+    import_guide=False,
+    import_render=True,
+    import_visible_only=True,
+    import_textures_mode="IMPORT_PACK",
+    set_frame_range=False,
+    create_world_material=False,
+    validate_meshes=True,
+)
+
+_IMPORTERS: dict[str, Callable[[Path, Path], Any]] = {
+    "glb": _gltf,
+    "gltf": _gltf,
+    "obj": _call(("wm.obj_import",), forward_axis="NEGATIVE_Z", up_axis="Y", validate_meshes=True),
+    # Blender 4.5 has both; the newer one, the default from 5.0 on, also reads ASCII files.
+    "fbx": _call(("wm.fbx_import", "import_scene.fbx"), validate_meshes=True),
+    "stl": _call(("wm.stl_import",), use_mesh_validate=True),
+    "ply": _call(("wm.ply_import",), import_colors="SRGB"),
+    "dae": _call(("wm.collada_import",)),
+    "usd": _usd,
+    "usda": _usd,
+    "usdc": _usd,
+    "usdz": _usd,
+    "blend": _blend,
+}

@@ -1,0 +1,84 @@
+"""Messages between the supervisor and its Blender child: small, length-prefixed, and read as hostile.
+
+    request (stdin of the child)    one line of JSON
+    reply (a pipe of its own)       | "LRM1" | header bytes u32 | payload bytes u32 | header: JSON | payload: float32 |
+
+Replies have a pipe of their own because Blender and its add-ons print to stdout. They are never pickles: the child has
+opened a file from a stranger. Example: a view of 2 x 2 px is the prefix, `{"index":0,"type":"view"}`, 64 bytes of
+premultiplied scene-linear RGBA, top row first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import Any
+
+PREFIX = struct.Struct("<4sII")
+MAGIC = b"LRM1"
+MAX_HEADER_BYTES = 2**20
+MAX_DEPTH = 12
+
+
+class WireError(ValueError):
+    """A reply that is not what the protocol allows."""
+
+
+def send(fd: int, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    """Write one reply, whole, to a blocking file descriptor."""
+    text = json.dumps(header, sort_keys=True, allow_nan=False).encode()
+    for piece in (PREFIX.pack(MAGIC, len(text), len(payload)) + text, payload):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def parse_prefix(data: bytes, max_payload_bytes: int) -> tuple[int, int]:
+    """Return (header bytes, payload bytes) of a prefix.
+
+    Raises:
+        WireError: if the prefix is not ours or a size is over its limit.
+    """
+    magic, num_header, num_payload = PREFIX.unpack(data)
+    if magic != MAGIC:
+        raise WireError(f"a reply starts with {magic!r}; {MAGIC!r} is required")
+    if num_header > MAX_HEADER_BYTES:
+        raise WireError(f"a reply has a header of {num_header} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    if num_payload not in (0, max_payload_bytes):
+        raise WireError(f"a reply has a payload of {num_payload} bytes; 0 or {max_payload_bytes} are allowed")
+    return num_header, num_payload
+
+
+def parse_header(data: bytes) -> dict[str, Any]:
+    """Parse the JSON header of a reply: an object of finite numbers, nested no deeper than MAX_DEPTH.
+
+    Raises:
+        WireError: saying what was found.
+    """
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a reply's header is not JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise WireError("a reply's header is not an object with a type")
+    if _depth(value) > MAX_DEPTH:
+        raise WireError(f"a reply's header is nested deeper than {MAX_DEPTH}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth

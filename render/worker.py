@@ -1,0 +1,393 @@
+"""The supervisor of one Blender child: from an Asset and its verified file to a Sample, or to a typed AssetError.
+
+The child renders view after view and sends float pixels; a small pool of threads here turns them into encoded planes
+meanwhile (70 to 85 ms of lossless WebP at 512^2), with a bounded number in flight. The child's replies are read as
+hostile, its time and memory are bounded, and it is replaced after so many objects, or once memory has grown. This
+module never imports bpy; a crash of Blender costs one asset, not its worker.
+
+Not promised: that two *machines* give the same bytes. One machine does, with any number of threads and for a new child
+as for a used one; other processors may take other code paths in Cycles and in the denoiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.sample import alpha_coverage, encode_rgba, premultiplied_linear_to_rgba8
+from pipeline.spec import DatasetSpec
+from pipeline.types import (
+    MAX_LOG_TAIL_CHARS,
+    Asset,
+    AssetError,
+    Camera,
+    FailureKind,
+    Normalization,
+    Plane,
+    Sample,
+    View,
+    derive_seed,
+)
+from render import wire
+from render.cameras import cameras_for
+from render.process import ChildProcess, ScratchFolder, default_command
+
+START_DEADLINE_S = 120.0
+_POLL_S = 0.2
+_ENCODERS = 2
+_MAX_IN_FLIGHT = 4
+_RECYCLE_MEMORY_SHARE = 0.5
+
+_OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
+_OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
+_EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b.*$", re.MULTILINE)
+_PROCEDURAL = re.compile(r"^procedural:(\d+)$")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _EncodedView:
+    plane: Plane
+    facts: dict[str, float | bool]
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the child has answered so far about one asset."""
+
+    asset: Asset
+    cameras: Sequence[Camera]
+    deadline: float
+    scene: dict[str, Any] | None = None
+    pending: deque[Future[_EncodedView]] = field(default_factory=deque)
+    encoded: list[_EncodedView] = field(default_factory=list)
+    num_views: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RenderWorker:
+    """Renders assets one after the other in a supervised child; a context manager, for one thread at a time.
+
+    Args:
+        spec: the dataset's spec; `render`, `admission` and `limits` are used.
+        fingerprint: the spec's fingerprint, as samples carry it.
+        num_threads: threads that Blender may use; default `spec.workers.num_cpus`, rounded up.
+        scratch_dir: where the child's temporary folder is made; default the system's.
+        child_command: the command of the child; for tests.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        *,
+        fingerprint: str,
+        num_threads: int | None = None,
+        scratch_dir: Path | None = None,
+        child_command: Sequence[str] | None = None,
+    ) -> None:
+        self._spec = spec
+        self._fingerprint = fingerprint
+        self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
+        self._command = list(child_command) if child_command is not None else default_command()
+        self._scratch = ScratchFolder(scratch_dir)
+        self._child: ChildProcess | None = None
+        self._ready: dict[str, Any] = {}
+        self._starter = ThreadPoolExecutor(1, "render-start")
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "render-encode")
+
+    def __enter__(self) -> RenderWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the child and all that it started, and remove its temporary folder. Safe to call twice."""
+        self._stop_child()
+        self._starter.shutdown()
+        self._encoders.shutdown()
+        self._scratch.close()
+
+    def render(self, asset: Asset, path: Path | None, *, expected_triangles: int | None = None) -> Sample:
+        """Render one asset.
+
+        Args:
+            asset: what to render.
+            path: its verified local file; None for a procedural asset.
+            expected_triangles: what the file's header promises, where that is known.
+
+        Raises:
+            AssetError: typed, with the tail of what Blender printed.
+        """
+        started = time.monotonic()
+        seed = derive_seed("sample", self._spec.render.seed, asset.source, asset.uid)
+        request = self._request(asset, path, seed, expected_triangles)
+        child = self._ensure_child()
+        ready_s = time.monotonic() - started
+        deadline = time.monotonic() + self._spec.limits.deadline_s
+        job = _Job(asset, cameras_for(self._spec.render, seed), deadline)
+        try:
+            child.log.clear()
+            request["scratch_dir"] = str(self._scratch.fresh("asset"))
+            child.tell(json.dumps(request).encode())
+            self._converse(child, job)
+            sample = self._finish(job, seed, ready_s, time.monotonic() - started)
+        except AssetError as error:
+            if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
+                self._stop_child()
+            raise
+        except BaseException:
+            # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this asset.
+            self._stop_child()
+            raise
+        finally:
+            _abandon(job)
+        self._recycle(child)
+        return sample
+
+    def _request(self, asset: Asset, path: Path | None, seed: int, expected_triangles: int | None) -> dict[str, Any]:
+        procedural = _PROCEDURAL.match(asset.uri) if asset.format == "procedural" else None
+        if procedural is None and path is None:
+            raise AssetError(FailureKind.INTERNAL, f"asset {asset.uid} of format {asset.format!r} came without a file")
+        admission = self._spec.admission
+        return {
+            "path": None if procedural is not None or path is None else str(Path(path).resolve()),
+            "format": asset.format,
+            "procedural_seed": None if procedural is None else int(procedural[1]),
+            "seed": seed,
+            "render": self._spec.render.model_dump(mode="json"),
+            "max_triangles": admission.max_triangles,
+            "min_triangle_share": admission.min_triangle_share,
+            "expected_triangles": expected_triangles,
+        }
+
+    def _ensure_child(self) -> ChildProcess:
+        if self._child is None:
+            limits = self._spec.limits
+            self._child = ChildProcess(
+                self._command,
+                home=self._scratch.fresh("home"),
+                num_threads=self._num_threads,
+                memory_bytes=limits.memory_bytes,
+                starter=self._starter,
+            )
+            header, _ = self._receive(self._child, time.monotonic() + START_DEADLINE_S, "to start Blender")
+            if header["type"] != "ready":
+                self._fail(FailureKind.RENDER_CRASH, f"the child said {header['type']!r} before it was ready")
+            self._ready = header
+        return self._child
+
+    def _converse(self, child: ChildProcess, job: _Job) -> None:
+        """Take replies until the child is done with the asset: one scene, then each view in order, then done."""
+        child.num_objects += 1
+        while True:
+            header, payload = self._receive(child, job.deadline, f"to render {job.asset.uid}")
+            kind = header["type"]
+            if kind == "error":
+                self._raise_reported(child, header)
+            elif kind == "scene" and job.scene is None and job.num_views == 0:
+                job.scene = header
+            elif kind == "view" and job.scene is not None:
+                self._take_view(job, header, payload)
+            elif kind == "done" and job.num_views == len(job.cameras):
+                job.seconds = _seconds(header.get("seconds"))
+                return
+            elif kind == "done":
+                found = f"{job.num_views} views were rendered, {len(job.cameras)} were asked for"
+                self._fail(FailureKind.BAD_VIEW_COUNT, found)
+            else:
+                self._fail(FailureKind.RENDER_CRASH, f"the child said {kind!r} after {job.num_views} views")
+
+    def _take_view(self, job: _Job, header: dict[str, Any], payload: bytearray) -> None:
+        size = self._spec.render.resolution_px
+        if header.get("index") != job.num_views or job.num_views >= len(job.cameras):
+            found = f"view {header.get('index')!r} came after {job.num_views} of {len(job.cameras)} views"
+            self._fail(FailureKind.BAD_VIEW_COUNT, found)
+        if len(payload) != size * size * 16:
+            self._fail(FailureKind.RENDER_CRASH, f"a view came with {len(payload)} bytes of pixels")
+        pixels = np.frombuffer(payload, np.float32).reshape(size, size, 4)
+        job.pending.append(self._encoders.submit(_encode, pixels, self._spec.render.codec))
+        job.num_views += 1
+        while len(job.pending) > _MAX_IN_FLIGHT:
+            job.encoded.append(job.pending.popleft().result())
+
+    def _receive(self, child: ChildProcess, deadline: float, what: str) -> tuple[dict[str, Any], bytearray]:
+        """Read one reply whole, watching the clock and the child's memory."""
+        view_bytes = self._spec.render.resolution_px**2 * 16
+        try:
+            prefix = self._read_exactly(child, wire.PREFIX.size, deadline, what)
+            num_header, num_payload = wire.parse_prefix(bytes(prefix), view_bytes)
+            header = wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what)))
+            return header, self._read_exactly(child, num_payload, deadline, what)
+        except wire.WireError as error:
+            self._fail(FailureKind.RENDER_CRASH, f"malformed reply: {error}")
+
+    def _read_exactly(self, child: ChildProcess, num_bytes: int, deadline: float, what: str) -> bytearray:
+        data, view, start = bytearray(num_bytes), None, 0
+        view = memoryview(data)
+        next_poll = 0.0
+        while start < num_bytes:
+            now = time.monotonic()
+            if now >= next_poll:
+                self._check_limits(child, now, deadline, what)
+                next_poll = now + _POLL_S
+            if not select.select([child.result_fd], [], [], min(_POLL_S, max(0.0, deadline - now)))[0]:
+                continue
+            num_read = os.readv(child.result_fd, [view[start:]])
+            if num_read == 0:
+                self._died(child)
+            start += num_read
+        return data
+
+    def _check_limits(self, child: ChildProcess, now: float, deadline: float, what: str) -> None:
+        limits = self._spec.limits
+        if now >= deadline:
+            allowed = START_DEADLINE_S if what == "to start Blender" else limits.deadline_s
+            self._fail(FailureKind.RENDER_TIMEOUT, f"Blender took longer than {allowed:g} s {what} (limits.deadline_s)")
+        resident = child.memory_bytes()
+        if resident > limits.memory_bytes:
+            found = f"Blender held {resident / 2**20:.0f} MiB {what}"
+            allowed_mib = limits.memory_bytes / 2**20
+            self._fail(FailureKind.OUT_OF_MEMORY, f"{found}; {allowed_mib:.0f} MiB are allowed (limits.memory_bytes)")
+
+    def _died(self, child: ChildProcess) -> NoReturn:
+        reason = child.exit_reason()
+        text = child.log.text()
+        if _OUT_OF_MEMORY.search(text):
+            self._fail(FailureKind.OUT_OF_MEMORY, f"Blender could not get memory and ended with {reason}")
+        self._fail(FailureKind.RENDER_CRASH, f"Blender ended with {reason}")
+
+    def _raise_reported(self, child: ChildProcess, header: dict[str, Any]) -> NoReturn:
+        """Raise what the child reported; the kind must be one of ours."""
+        try:
+            kind = FailureKind(str(header.get("kind")))
+        except ValueError:
+            self._fail(FailureKind.RENDER_CRASH, f"the child reported an unknown kind {str(header.get('kind'))[:40]!r}")
+        text, message = child.log.text(), str(header.get("message", ""))[:500]
+        if kind is FailureKind.IMPORT_ERROR and _OPAQUE_IMPORT.search(message):
+            # This importer says no more than "couldn't parse"; the exception stands in what it printed.
+            causes = _EXCEPTION_LINE.findall(text)
+            message = f"{message} {causes[-1][:200]}" if causes else message
+        raise AssetError(kind, message, text[-MAX_LOG_TAIL_CHARS:])
+
+    def _fail(self, kind: FailureKind, message: str) -> NoReturn:
+        """Kill the child, which can no longer be trusted to be between two assets, and raise."""
+        text = self._child.log.text() if self._child is not None else ""
+        self._stop_child()
+        raise AssetError(kind, message, text[-MAX_LOG_TAIL_CHARS:])
+
+    def _finish(self, job: _Job, seed: int, ready_s: float, total_s: float) -> Sample:
+        job.encoded.extend(future.result() for future in job.pending)
+        job.pending.clear()
+        facts = [view.facts for view in job.encoded]
+        coverage = math.fsum(float(fact["alpha_coverage"]) for fact in facts) / len(facts)
+        allowed = self._spec.admission.min_alpha_coverage
+        if coverage < allowed:
+            raise AssetError(
+                FailureKind.BLANK_IMAGE,
+                f"the object covers {coverage:.2e} of its pictures; {allowed:g} is required (min_alpha_coverage)",
+            )
+        assert job.scene is not None
+        per_view = {name: [fact[name] for fact in facts] for name in facts[0]}
+        return Sample(
+            asset=job.asset,
+            spec_fingerprint=self._fingerprint,
+            seed=seed,
+            normalization=self._normalization(job.scene),
+            views=tuple(
+                View(index=i, camera=camera, planes={"rgba": view.plane})
+                for i, (camera, view) in enumerate(zip(job.cameras, job.encoded, strict=True))
+            ),
+            quality={**_mapping(job.scene.get("quality")), "mean_alpha_coverage": coverage, "views": per_view},
+            lights=_mapping(job.scene.get("lights")),
+            provenance={
+                "device": "CPU",
+                "blender": str(self._ready.get("blender", ""))[:40],
+                "network": str(self._ready.get("network", ""))[:10],
+                "num_threads": self._num_threads,
+                "seconds": {
+                    **job.seconds,
+                    "start": ready_s,
+                    "encode": math.fsum(view.seconds for view in job.encoded),
+                    "total": total_s,
+                },
+            },
+        )
+
+    def _normalization(self, scene: dict[str, Any]) -> Normalization:
+        try:
+            value = scene["normalization"]
+            return Normalization(
+                scale=float(value["scale"]),
+                rotation=np.array(value["rotation"], np.float64).reshape(3, 3),
+                translation=np.array(value["translation"], np.float64).reshape(3),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            self._fail(FailureKind.RENDER_CRASH, f"the child's normalization is malformed: {error}")
+
+    def _recycle(self, child: ChildProcess) -> None:
+        limits = self._spec.limits
+        grown = child.memory_bytes() > _RECYCLE_MEMORY_SHARE * limits.memory_bytes
+        if child.num_objects >= limits.objects_per_child or grown:
+            self._stop_child()
+
+    def _stop_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+
+
+def _encode(pixels: NDArray[np.float32], codec: str) -> _EncodedView:
+    """Turn float pixels [H, W, 4] into an encoded plane, and measure the picture."""
+    started = time.perf_counter()
+    rgba = premultiplied_linear_to_rgba8(pixels)
+    facts = view_facts(rgba)
+    plane = encode_rgba(rgba, codec)
+    return _EncodedView(plane, facts, time.perf_counter() - started)
+
+
+def view_facts(rgba: NDArray[np.uint8]) -> dict[str, float | bool]:
+    """Measure an RGBA picture [H, W, 4]: how much is object, whether it is cut off, burnt out or black.
+
+    `clipped` and `black` are shares of the opaque pixels whose channels are all 255, or all below 3.
+    """
+    opaque = rgba[..., 3] > 127
+    border = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
+    colours = rgba[opaque][:, :3]
+    return {
+        "alpha_coverage": alpha_coverage([rgba]),
+        "border_touch": bool(border.any()),
+        "clipped": float((colours.min(axis=1) == 255).mean()) if len(colours) else 0.0,
+        "black": float((colours.max(axis=1) < 3).mean()) if len(colours) else 0.0,
+    }
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def _seconds(value: Any) -> dict[str, float]:
+    """Keep the numbers of the child's report of its stages."""
+    number: Callable[[Any], bool] = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
+    return {str(name)[:20]: float(x) for name, x in list(_mapping(value).items())[:20] if number(x)}
+
+
+def _abandon(job: _Job) -> None:
+    for future in job.pending:
+        future.cancel()
