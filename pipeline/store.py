@@ -211,7 +211,10 @@ class Store:
             honoured = self.create(key, b"second") is Outcome.CONFLICT and self.get(key) == b"first"
             obstore.delete(self.backend, key)
         except (StoreError, BaseError, OSError) as error:
-            raise UserError(f"corpus {self.url}: the store cannot be written: {_short(error)}") from error
+            raise UserError(
+                f"corpus {self.url}: the store cannot be reached or written ({_short(error)}); "
+                "check the URL, its endpoint and region, and the credentials in the environment"
+            ) from error
         if not honoured:
             raise UserError(
                 f"corpus {self.url}: the store ignores create-if-absent (If-None-Match), on which every promise rests; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline.sample import encode_rgba
 from pipeline.types import Asset, Camera, Normalization, Sample, View, derive_seed
+from tests.s3 import BUCKET, s3_server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -25,6 +27,17 @@ def shared_assets() -> Path:
     if not path.is_dir():
         pytest.skip("shared/assets is not present")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a bucket on a real S3 server that lives as long as the test session."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        yield f"s3://{BUCKET}"
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def orbit_camera(azimuth_rad: float, height: float, distance: float, size_px: int, fov_deg: float = 50.0) -> Camera:

@@ -28,9 +28,12 @@ SPEC = DatasetSpec(name="fake", source=ProceduralSource(num_objects=5), shards=S
 counter = itertools.count()
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "corpus") if request.param == "folder" else f"memory://{next(counter)}")
+    if request.param == "folder":
+        return open_store(str(tmp_path / "corpus"))
+    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3_url")
+    return open_store(f"{root}/test-{next(counter)}")
 
 
 def make_plan(store: Store, count: int = 5, fingerprint: str = "f") -> plans.PlanSet:

@@ -1,0 +1,337 @@
+"""Produce shards on Ray: one task an object, one task a shard, a bounded number of shards open, lowest index first.
+
+The driver holds references only: a sample goes from the worker that made it to the worker that assembles its shard
+through Ray's object store. Attempts are counted here and in `jobs.produce`, never by Ray (`max_retries=0`): an object
+whose worker dies `limits.max_attempts` times becomes a Failure of kind `quarantined`, so a poison asset cannot loop.
+
+Losing the driver loses the open shards only, at most `workers.open_shards` of them; committed shards are found again
+by their receipts, and running the same command resumes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from tqdm import tqdm
+
+from jobs.produce import Producer, render_asset
+from pipeline import plan as plans
+from pipeline import receipt
+from pipeline.plan import PlanSet, ShardPlan
+from pipeline.sources import open_source
+from pipeline.spec import DatasetSpec
+from pipeline.store import Store, open_store
+from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
+from render import producer
+
+log = logging.getLogger(__name__)
+
+MAX_SHARD_TRIES = 3
+OBJECT_STORE_BYTES = 2 * 2**30
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run did; `as_json` is the last line of `make render ... --json`."""
+
+    corpus: str
+    plan_set: str
+    fingerprint: str
+    planned: int = 0
+    samples: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    shards_asked: int = 0
+    shards_done_before: int = 0
+    shards_committed: int = 0
+    views_rendered: int = 0
+    elapsed_s: float = 0.0
+
+    def count(self, done: receipt.Receipt) -> None:
+        """Add the rows of a committed shard."""
+        self.samples += done.rows["status"].to_pylist().count("sample")
+        self.failures.update(kind for kind in done.rows["failure_kind"].to_pylist() if kind)
+
+    @property
+    def accounted(self) -> bool:
+        """Whether every planned object ended as a sample or a failure."""
+        return self.samples + sum(self.failures.values()) == self.planned
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as a JSON object."""
+        return {
+            "corpus": self.corpus,
+            "plan_set": self.plan_set,
+            "fingerprint": self.fingerprint,
+            "planned": self.planned,
+            "samples": self.samples,
+            "failures": dict(sorted(self.failures.items())),
+            "shards": {
+                "asked": self.shards_asked,
+                "done_before": self.shards_done_before,
+                "committed": self.shards_committed,
+            },
+            "elapsed_s": round(self.elapsed_s, 3),
+            "views_per_s": round(self.views_rendered / self.elapsed_s, 3) if self.elapsed_s > 0 else 0.0,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class _OpenShard:
+    """A shard whose objects are being made, or whose tar is being assembled."""
+
+    plan: ShardPlan
+    waiting: list[Asset]
+    results: dict[str, Any] = field(default_factory=dict)  # uid -> reference to Sample | Failure
+    tries: int = 1
+
+
+def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
+    """Return the frozen plan of a spec for this machine's renderer, making it if there is none."""
+    return plans.freeze(store, spec, spec.fingerprint(producer()), open_source(spec).list_assets)
+
+
+def build(
+    spec: DatasetSpec,
+    corpus: str,
+    shards: str = "all",
+    *,
+    produce: Producer = render_asset,
+    show_progress: bool = True,
+) -> Summary:
+    """Render the asked shards of a dataset into a corpus, skipping those already committed.
+
+    Args:
+        shards: "all", "7", "0-63" or "3,9": indexes of the frozen plan.
+        produce: what turns an asset into a result; tests pass one without Blender.
+
+    Raises:
+        UserError: in one line, for a spec, store or shard list that cannot be used.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after children are ended; committed shards stay.
+    """
+    begun = time.monotonic()
+    store = open_store(corpus)
+    store.probe()
+    plan = freeze_plan(spec, store)
+    asked = [plan.shards[i] for i in plans.parse_shards(shards, len(plan.shards))]
+    summary = Summary(corpus=store.url, plan_set=plan.id, fingerprint=plan.fingerprint, shards_asked=len(asked))
+    summary.planned = sum(len(shard.assets) for shard in asked)
+    todo = _skip_committed(store, asked, summary)
+    if todo:
+        with _ray_session(spec), _progress(summary, show_progress) as bar:
+            _Driver(spec, store, plan.fingerprint, produce, summary, bar).run(todo)
+    summary.elapsed_s = time.monotonic() - begun
+    return summary
+
+
+def _skip_committed(store: Store, asked: Sequence[ShardPlan], summary: Summary) -> list[ShardPlan]:
+    """Count the receipts that exist; return the shards that have none."""
+
+    def look(shard: ShardPlan) -> receipt.Receipt | None:
+        try:
+            return receipt.load(store, shard.plan_id)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(look, asked))
+    for done in found:
+        if done is not None:
+            summary.shards_done_before += 1
+            summary.count(done)
+    return [shard for shard, done in zip(asked, found) if done is None]
+
+
+@contextmanager
+def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
+    done = summary.samples + sum(summary.failures.values())
+    with tqdm(total=summary.planned, initial=done, unit="obj", desc="render", disable=not show, smoothing=0.1) as bar:
+        yield bar
+
+
+@contextmanager
+def _ray_session(spec: DatasetSpec) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; SIGTERM acts like Ctrl-C meanwhile."""
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
+    if not address:
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        text = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"Ray at {address or 'this machine'} cannot be reached: {text}; check RAY_ADDRESS, and that "
+            "RAY_AUTH_MODE=token is set with the cluster's token where it asks for one"
+        ) from None
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        if cpus < spec.workers.num_cpus:
+            raise UserError(
+                f"the cluster has {cpus:g} CPUs but workers.num_cpus is {spec.workers.num_cpus:g}; lower it with "
+                "--set workers.num_cpus=1"
+            )
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@ray.remote(max_retries=0, num_returns=2)
+def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) -> tuple[dict[str, Any], Any]:
+    """Return (what the driver needs to know, the result itself) of one object."""
+    result = produce(spec, fingerprint, asset)
+    if isinstance(result, Failure):
+        return {"kind": result.kind.value, "views": 0}, result
+    return {"kind": None, "views": len(result.views)}, result
+
+
+@ray.remote(max_retries=0)
+def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> bool:
+    """Write, verify, store and commit one shard; its results come by reference. Returns whether it is ours."""
+    with tempfile.TemporaryDirectory(prefix="lrm-shard-") as scratch:
+        _, ours = receipt.commit_shard(store, plan, dict(zip(uids, results)), Path(scratch))
+    return ours
+
+
+class _Driver:
+    """The loop: keep objects in flight, hand finished shards to assembly, count what dies."""
+
+    def __init__(
+        self, spec: DatasetSpec, store: Store, fingerprint: str, produce: Producer, summary: Summary, bar: tqdm[Any]
+    ) -> None:
+        self.spec, self.store, self.fingerprint, self.summary, self.bar = spec, store, fingerprint, summary, bar
+        self.produce = ray.put(produce)
+        self.open: dict[int, _OpenShard] = {}
+        self.making: dict[Any, tuple[_OpenShard, Asset, Any]] = {}  # status reference -> shard, asset, result reference
+        self.assembling: dict[Any, _OpenShard] = {}
+        self.deaths: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter(summary.failures)
+        slots = int(ray.cluster_resources().get("CPU", 1.0) / spec.workers.num_cpus)
+        self.window = 2 * max(1, slots)  # one running and one queued a slot: fetches overlap, little is lost
+
+    def run(self, todo: Sequence[ShardPlan]) -> None:
+        """Make every shard of `todo`, lowest index first."""
+        upcoming = list(reversed(todo))
+        try:
+            while upcoming or self.open:
+                while upcoming and len(self.open) < self.spec.workers.open_shards:
+                    plan = upcoming.pop()
+                    self.open[plan.index] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
+                self._submit()
+                done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
+                for reference in done:
+                    if reference in self.making:
+                        self._made(reference)
+                    else:
+                        self._assembled(reference)
+                self.bar.set_postfix_str(self._postfix(), refresh=not done)
+        except BaseException:
+            for reference in [*self.making, *self.assembling]:
+                ray.cancel(reference, force=True)
+            raise
+
+    def _submit(self) -> None:
+        for index in sorted(self.open):
+            shard = self.open[index]
+            while shard.waiting and len(self.making) < self.window:
+                asset = shard.waiting.pop()
+                options = {"num_cpus": self.spec.workers.num_cpus, "name": f"render {asset.uid}"[:100]}
+                status, result = _make.options(**options).remote(self.produce, self.spec, self.fingerprint, asset)
+                self.making[status] = (shard, asset, result)
+            if (
+                not shard.waiting
+                and len(shard.results) == len(shard.plan.assets)
+                and shard not in self.assembling.values()
+            ):
+                self._assemble(shard)
+
+    def _assemble(self, shard: _OpenShard) -> None:
+        uids = [asset.uid for asset in shard.plan.assets]
+        references = [shard.results[uid] for uid in uids]
+        task = _assemble.options(num_cpus=0.5, name=f"assemble shard {shard.plan.index}")
+        self.assembling[task.remote(self.store, shard.plan, uids, *references)] = shard
+
+    def _made(self, reference: Any) -> None:
+        shard, asset, result = self.making.pop(reference)
+        try:
+            status = ray.get(reference)
+        except RayError as error:
+            self._died(shard, asset, error)
+            return
+        shard.results[asset.uid] = result
+        self._count(status["kind"], status["views"])
+
+    def _count(self, kind: str | None, views: int) -> None:
+        self.summary.views_rendered += views
+        if kind is not None:
+            self.kinds[kind] += 1
+        self.bar.update(1)
+
+    def _died(self, shard: _OpenShard, asset: Asset, error: RayError) -> None:
+        """Try an object again whose worker died, or quarantine it."""
+        self.deaths[asset.uid] += 1
+        if self.deaths[asset.uid] < self.spec.limits.max_attempts:
+            shard.waiting.append(asset)
+            return
+        raised = isinstance(error, RayTaskError)
+        how = "raised" if raised else "died"
+        kind = FailureKind.INTERNAL if raised else FailureKind.QUARANTINED
+        failure = Failure(
+            uid=asset.uid,
+            kind=kind,
+            message=f"its worker {how} {self.deaths[asset.uid]} times: {type(error).__name__}",
+            log_tail=str(error),
+            attempts=self.deaths[asset.uid],
+        )
+        shard.results[asset.uid] = ray.put(failure)
+        self._count(kind.value, 0)
+
+    def _assembled(self, reference: Any) -> None:
+        shard = self.assembling.pop(reference)
+        try:
+            ray.get(reference)
+        except RayError as error:
+            if shard.tries >= MAX_SHARD_TRIES:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                raise UserError(
+                    f"shard {shard.plan.index} could not be stored in {MAX_SHARD_TRIES} tries: {cause}; "
+                    "nothing of it was committed; mend the cause and run the same command again"
+                ) from None
+            log.warning("shard %d: assembly failed, making it again: %s", shard.plan.index, type(error).__name__)
+            self._restart(shard, isinstance(error, RayTaskError))
+            return
+        self.summary.shards_committed += 1
+        self.summary.count(receipt.load(self.store, shard.plan.plan_id))
+        del self.open[shard.plan.index]
+
+    def _restart(self, shard: _OpenShard, keep_results: bool) -> None:
+        """Assemble again; if a node took results with it, make the shard's objects again first."""
+        shard.tries += 1
+        if not keep_results:
+            self.bar.update(-len(shard.results))
+            shard.results.clear()
+            shard.waiting = list(reversed(shard.plan.assets))
+
+    def _postfix(self) -> str:
+        failed = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))
+        return f"failed: {failed}" if failed else "failed: 0"

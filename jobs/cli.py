@@ -1,0 +1,198 @@
+"""The command line: one verb a job. Everything else is in the dataset spec, a TOML file.
+
+    lrm-corpus render --spec jobs/specs/demo.toml --corpus out/corpus --shards all
+    lrm-corpus publish --corpus out/corpus
+    lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
+
+A mistake of the user's ends in one line on stderr and exit status 2; an interrupt in 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.types import UserError
+
+app = typer.Typer(
+    help="Build the multi-view training corpus of a Large Reconstruction Model, and train the model on it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecPath = Annotated[Path, typer.Option("--spec", help="dataset spec, a TOML file; examples in jobs/specs/")]
+Corpus = Annotated[str, typer.Option("--corpus", help="a folder, or s3://, gs://, az:// URL")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override one key of the spec, such as render.samples=32; repeatable")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+
+
+@app.command()
+def render(
+    spec: SpecPath,
+    corpus: Corpus,
+    shards: Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")] = "all",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Render the asked shards on Ray: locally, or on the cluster of RAY_ADDRESS. Running it again is safe."""
+    from jobs.build import build
+    from pipeline.spec import load_spec
+
+    summary = build(load_spec(spec, overrides or ()), corpus, shards)
+    failed = sum(summary.failures.values())
+    if summary.shards_done_before == summary.shards_asked:
+        typer.echo(f"nothing to do: all {summary.shards_asked} asked shard(s) are committed", err=True)
+    typer.echo(
+        f"{summary.planned} planned = {summary.samples} samples + {failed} failures "
+        f"in {summary.shards_asked} shard(s), {summary.shards_committed} committed now, {summary.elapsed_s:.1f} s",
+        err=True,
+    )
+    for kind, count in sorted(summary.failures.items()):
+        typer.echo(f"  {count:6d} {kind}", err=True)
+    if as_json:
+        typer.echo(json.dumps(summary.as_json()))
+    if not summary.accounted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(spec: SpecPath, corpus: Corpus, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Freeze the plan of a spec, and say what SHARDS= may be; `render` does this by itself."""
+    from jobs.build import freeze_plan
+    from pipeline.spec import load_spec
+    from pipeline.store import open_store
+
+    store = open_store(corpus)
+    store.probe()
+    frozen = freeze_plan(load_spec(spec, overrides or ()), store)
+    last = len(frozen.shards) - 1
+    typer.echo(f"plan {frozen.id}: {frozen.num_assets} objects in {last + 1} shard(s), SHARDS=0-{last}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"plan_set": frozen.id, "objects": frozen.num_assets, "shards": last + 1}))
+
+
+@app.command()
+def publish(
+    corpus: Corpus,
+    spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Make a version of what is committed, after checking that every shard is there. Versions never change."""
+    from pipeline import plan as plans
+    from pipeline import version
+    from pipeline.spec import load_spec
+    from pipeline.store import open_store
+    from render import producer
+
+    store = open_store(corpus, must_exist=True)
+    store.probe()
+    if spec is None:
+        chosen = version.plan_sets(store)
+    else:
+        loaded = load_spec(spec, overrides or ())
+        try:
+            chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer())))]
+        except FileNotFoundError:
+            raise UserError(
+                f"corpus {corpus}: spec {spec} has no plan here; run `make render SPEC={spec}` first"
+            ) from None
+    published, new = version.publish(store, chosen)
+    counts = published.counts
+    word = "published version" if new else "nothing changed since version"
+    typer.echo(
+        f"{word} {published.number}: {counts['samples']} samples, {counts['views']} views, "
+        f"{sum(counts['failures'].values())} failures, {counts['heldout']} held out",
+        err=True,
+    )
+    if counts["shards_committed"] < counts["shards_planned"]:
+        typer.echo(
+            f"  holds {counts['shards_committed']} of {counts['shards_planned']} planned shards; "
+            "`make status` names the missing ones",
+            err=True,
+        )
+    if as_json:
+        record = {"version": published.number, "digest": published.digest, "new": new, "counts": counts}
+        typer.echo(json.dumps(record))
+
+
+@app.command()
+def status(corpus: Corpus, as_json: Json = False) -> None:
+    """Tell where a corpus stands, from its receipts alone."""
+    from jobs.status import corpus_status, status_text
+    from pipeline.store import open_store
+
+    found = corpus_status(open_store(corpus, must_exist=True))
+    typer.echo(status_text(found), err=as_json)
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+@app.command()
+def report(
+    corpus: Corpus,
+    out: Annotated[Path, typer.Option(help="folder for report.html and its pictures")],
+    version: Annotated[str, typer.Option(help="a number, or latest")] = "latest",
+) -> None:
+    """Draw a version: contact sheet, cameras around the object, counts and failures, as one static page."""
+    from pipeline.reader import VersionReader
+    from pipeline.report import write_report
+
+    page = write_report(VersionReader.open(corpus, parse_version(version)), out)
+    typer.echo(f"wrote {page}", err=True)
+
+
+@app.command()
+def train(
+    corpus: Corpus,
+    out: Annotated[Path, typer.Option(help="folder for checkpoints and metrics; an existing one is resumed")],
+    version: Annotated[str, typer.Option(help="a number, or latest")] = "latest",
+    config: Annotated[str, typer.Option(help="tiny, small, paper, or a TOML file")] = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Train an LRM on a version, streamed by ranged reads; resumes from the newest checkpoint in --out."""
+    from lrm.config import load_config
+    from lrm.train import train as run
+
+    run(load_config(config, overrides or ()), corpus, parse_version(version), out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the corpus, the checkpoint and report.html")]) -> None:
+    """Run the main job small: 12 procedural objects, 2 shards, a version, a training run, report.html."""
+    from jobs.demo import run_demo
+
+    run_demo(out)
+
+
+def parse_version(text: str) -> int | None:
+    """Return a version number, or None for "latest"."""
+    if text == "latest":
+        return None
+    if not text.isdigit() or not 0 < int(text) < 10**6:
+        raise UserError(f"VERSION={text}: expected a number from 1, or latest")
+    return int(text)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: committed shards and checkpoints stay; run the same command to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

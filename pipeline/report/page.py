@@ -1,0 +1,115 @@
+"""`report.html`: pictures beside it in one folder, no script, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from pipeline.reader import VersionReader
+from pipeline.receipt import quality_of
+from pipeline.report.figures import write_cameras, write_contact_sheet, write_histogram
+from pipeline.version import open_rows
+
+MAX_OBJECTS = 24
+MAX_FAILURES = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of the page that somebody else made: pictures (file names beside the page) and a table."""
+
+    title: str
+    text: str = ""
+    images: Sequence[tuple[str, str]] = ()  # (file name, caption)
+    table: Sequence[tuple[str, Any]] = field(default=())
+
+
+def write_report(reader: VersionReader, out_dir: Path, extra: Sequence[Section] = ()) -> Path:
+    """Write report.html and its PNGs for a version; return the page's path.
+
+    Args:
+        extra: sections that stand behind the dataset's own, such as a training run's.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    sections = [_summary(reader)]
+    if len(reader):
+        sections += [_objects(reader, out_dir), _cameras(reader, out_dir), _quality(reader, out_dir)]
+    sections += [_failures(reader), *extra]
+    template = files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    title = f"{reader.version.record['name']}, version {reader.number}"
+    page = environment.from_string(template).render(title=title, sections=[s for s in sections if s is not None])
+    path = out_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _summary(reader: VersionReader) -> Section:
+    counts, record = reader.version.counts, reader.version.record
+    spec = reader.version.spec.render
+    table: list[tuple[str, Any]] = [
+        ("objects planned", counts["planned"]),
+        ("samples", counts["samples"]),
+        ("views", counts["views"]),
+        ("failures", sum(counts["failures"].values())),
+        ("held out", counts["heldout"]),
+        ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
+        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {spec.fov_deg:g} degrees"),
+        ("licence policy", record["license_policy"]),
+        ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
+        ("digest", reader.digest[:12]),
+        ("code", record["code_commit"]),
+    ]
+    table += [(f"licence {name}", count) for name, count in counts["licenses"].items()]
+    table += [(f"source {name}", count) for name, count in counts["sources"].items()]
+    return Section(title="Dataset", table=table)
+
+
+def _objects(reader: VersionReader, out_dir: Path) -> Section:
+    rows = sorted(
+        {i * len(reader) // MAX_OBJECTS for i in range(MAX_OBJECTS)}
+        if len(reader) > MAX_OBJECTS
+        else range(len(reader))
+    )
+    write_contact_sheet(reader, rows, out_dir / "contact_sheet.png")
+    uids = ", ".join(reader.rows["uid"][row].as_py() for row in rows)
+    return Section(title="Objects", images=[("contact_sheet.png", f"one object a line, 8 of its views: {uids}")])
+
+
+def _cameras(reader: VersionReader, out_dir: Path) -> Section:
+    header = reader.read_views(0, [0]).header
+    write_cameras(header.cameras, out_dir / "cameras.png", f"{len(header.cameras)} cameras of {header.uid}")
+    text = (
+        "World axes are right-handed with z up; the box is [-1, 1]^3. Poses are world_from_camera with OpenCV axes: "
+        "x right, y down, z forward."
+    )
+    return Section(title="Cameras", text=text, images=[("cameras.png", "frusta are numbered by view")])
+
+
+def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
+    records = [quality_of(row) for row in reader.rows.select(["quality"]).to_pylist()]
+    coverage = [float(value) for record in records for value in record.get("alpha_coverage", ())]
+    triangles = [float(np.log10(max(1, record["num_triangles"]))) for record in records if "num_triangles" in record]
+    images = []
+    if coverage:
+        write_histogram(coverage, out_dir / "coverage.png", "alpha coverage of a view")
+        images.append(("coverage.png", "share of each view that the object covers"))
+    if triangles:
+        write_histogram(triangles, out_dir / "triangles.png", "log10 of triangles")
+        images.append(("triangles.png", "triangles an object"))
+    return Section(title="Quality", images=images) if images else None
+
+
+def _failures(reader: VersionReader) -> Section:
+    rows = open_rows(reader.store, reader.version).to_pylist()
+    failed = [(row["uid"], f"{row['failure_kind']}: {row['message']}") for row in rows if row["status"] == "failure"]
+    text = "" if failed else "None: every planned object became a sample."
+    if len(failed) > MAX_FAILURES:
+        text = f"The first {MAX_FAILURES} of {len(failed)}."
+    return Section(title="Failures", text=text, table=failed[:MAX_FAILURES])

@@ -1,0 +1,108 @@
+"""A real S3 server on loopback: SeaweedFS over a fresh folder, for tests and for `make s3-up`.
+
+Ready means that a conditional create was honoured through the S3 API, not that a port is open: the volume server joins
+some seconds after the gateway answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BUCKET = "corpora"
+START_TIMEOUT_S = 90.0
+
+
+def free_port() -> int:
+    """Return a TCP port below 50000 (SeaweedFS adds 10000 for gRPC) that nobody listens on."""
+    while True:
+        port = 20000 + secrets.randbelow(25000)
+        with socket.socket() as one, socket.socket() as two:
+            if one.connect_ex(("127.0.0.1", port)) and two.connect_ex(("127.0.0.1", port + 10000)):
+                return port
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """Run a server over `folder`; yields the environment variables that a client needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    keys = {"accessKey": "test-key", "secretKey": secrets.token_hex(16)}
+    identity = {"name": "test", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    weed = Path(sys.executable).parent / "weed"
+    command = [
+        str(weed if weed.exists() else shutil.which("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        f"-dir={folder}", f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", "-filer",
+        f"-filer.port={ports['filer']}", "-s3", f"-s3.port={ports['s3']}", f"-s3.config={folder / 's3.json'}",
+        "-master.volumeSizeLimitMB=512", "-volume.max=8",
+    ]  # fmt: skip
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ACCESS_KEY_ID": keys["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
+        "AWS_REGION": "us-east-1",
+    }
+    with (folder / "weed.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        try:
+            _make_bucket(str(weed), ports["master"], ports["filer"], folder)
+            _wait(environment, server)
+            yield environment
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _make_bucket(weed: str, master: int, filer: int, folder: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        done = subprocess.run(
+            [weed, "shell", f"-master=127.0.0.1:{master}", f"-filer=127.0.0.1:{filer}"],
+            input=f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\nexit\n",
+            capture_output=True, text=True, timeout=60, check=False, cwd=folder,
+        )  # fmt: skip
+        if BUCKET in done.stdout.replace(f"-name {BUCKET}", ""):
+            return
+        time.sleep(1)
+    raise TimeoutError(
+        f"SeaweedFS made no bucket in {START_TIMEOUT_S:.0f} s: {done.stdout[-500:]} {done.stderr[-500:]}"
+    )
+
+
+def _wait(environment: dict[str, str], server: subprocess.Popen[bytes]) -> None:
+    code = (
+        "import sys; from pipeline.store import open_store; from pipeline.types import UserError\n"
+        f"try: open_store('s3://{BUCKET}/ready').probe()\n"
+        "except UserError as error: sys.exit(str(error))\n"
+    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=False, timeout=120
+        )
+        if done.returncode == 0:
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"SeaweedFS took no write within {START_TIMEOUT_S:.0f} s: {done.stderr[-500:]!r}")
+
+
+if __name__ == "__main__":
+    with s3_server(Path(sys.argv[1]).resolve()) as variables:
+        print(f"# an S3 server is up; corpora go to s3://{BUCKET}/NAME; Ctrl-C ends it", flush=True)
+        for name, value in variables.items():
+            print(f"export {name}={value}", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("# ended")
