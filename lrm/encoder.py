@@ -1,0 +1,93 @@
+"""The image encoder: transformers' ViT, all of whose tokens go to the decoder (LRM, section 3.1).
+
+The paper takes DINO's ViT-B/16 (arXiv 2104.14294) at 512 px, 1025 tokens of width 768, its position embedding
+interpolated from 224 px, and trains it with the rest. A config with `weights` must get those weights, from a local
+folder or the hub's cache or the hub: a run that silently starts from random ones would look the same for days.
+A config with empty `weights` starts from random ones, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+
+from lrm.config import EncoderConfig
+from pipeline.types import UserError
+
+log = logging.getLogger(__name__)
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet statistics, which DINO was trained with."""
+
+
+class ImageEncoder(nn.Module):
+    """An image [B, 3, S, S] in [0, 1] to tokens [B, 1 + (S / patch)^2, width]."""
+
+    def __init__(self, config: EncoderConfig, *, load_weights: bool = True) -> None:
+        super().__init__()
+        vit_config = ViTConfig(
+            hidden_size=config.width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.width * config.mlp_ratio,
+            image_size=config.image_px,
+            patch_size=config.patch_px,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        if config.weights and load_weights:
+            self.vit = _pretrained(config)
+        else:
+            self.vit = ViTModel(vit_config, add_pooling_layer=False)
+            if load_weights:
+                log.info("encoder starts from random weights: model.encoder.weights is empty")
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return all tokens [B, 1 + (S / patch)^2, width], the class token first."""
+        tokens: Tensor = self.vit((image - self.mean) / self.std).last_hidden_state
+        return tokens
+
+
+def _pretrained(config: EncoderConfig) -> ViTModel:
+    try:
+        vit = ViTModel.from_pretrained(config.weights, add_pooling_layer=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"encoder weights {config.weights!r} are neither a local folder nor to be had from the hub ({reason}); "
+            "set model.encoder.weights to a folder, or to '' to start from random weights"
+        ) from None
+    found = (
+        vit.config.hidden_size,
+        vit.config.num_hidden_layers,
+        vit.config.num_attention_heads,
+        vit.config.patch_size,
+    )
+    wanted = (config.width, config.num_layers, config.num_heads, config.patch_px)
+    if found != wanted:
+        raise UserError(
+            f"encoder weights {config.weights!r} have (width, layers, heads, patch) {found}; the config says {wanted}"
+        )
+    _resize_position_embedding(vit, config.image_px)
+    log.info("encoder starts from %s, position embedding at %d px", config.weights, config.image_px)
+    return vit
+
+
+def _resize_position_embedding(vit: ViTModel, image_px: int) -> None:
+    """Interpolate the position embedding to `image_px` once, so that it is trained at that size from there on."""
+    old = vit.embeddings.position_embeddings.data  # [1, 1 + n^2, D]
+    side, new_side = round((old.shape[1] - 1) ** 0.5), image_px // vit.config.patch_size
+    grid = old[:, 1:].transpose(1, 2).unflatten(-1, (side, side))
+    resized = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    vit.embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1], resized.flatten(2).transpose(1, 2)], 1))
+    size = (image_px, image_px)
+    vit.config.image_size = vit.embeddings.patch_embeddings.image_size = size
+    vit.embeddings.patch_embeddings.num_patches = new_side**2
