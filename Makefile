@@ -29,6 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v == (3, 11) else "error: $(PYTHON) is Python %d.%d; 3.11 is needed: install it and say make PYTHON=/path/to/python3.11" % v)'
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3.11-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[render,train,dev]'
+	@$(BIN)/python -c 'import bpy' || { echo 'error: Blender does not load; on Debian: apt-get install libx11-6 libxext6 libxrender1 libxfixes3 libxi6 libxkbcommon0 libsm6 libice6 libgl1 libegl1' >&2; exit 2; }
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job, small: objects, renders, shards, a version, training, report.html [OUT=out]

@@ -1,0 +1,104 @@
+"""Mistakes of the user's end in one clear line, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = 'name = "x"\n[source]\nkind = "procedural"\nnum_objects = 4\n[shards]\nobjects_per_shard = 2\n'
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.toml"
+    path.write_text(GOOD)
+    return path
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "colour = 1\n", ["shards.colour", "unknown key"]),
+        (GOOD + "[render]\nsamples = 0\n", ["render.samples", "0"]),
+        ('name = "x"\n[source]\nkind = "directory"\npath = "/nowhere/models"\n', ["/nowhere/models"]),
+        ('name = "x"\n[source]\nkind = "web"\n', ["web", "procedural"]),
+        ("name = \n", ["not valid TOML"]),
+    ],
+)
+def test_a_bad_spec_is_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    refused(run("render", "--spec", str(path), "--corpus", str(tmp_path / "c")), *words)
+
+
+def test_a_missing_spec_is_one_line(tmp_path: Path) -> None:
+    refused(run("render", "--spec", "nowhere.toml", "--corpus", str(tmp_path / "c")), "nowhere.toml", "no such file")
+
+
+@pytest.mark.parametrize(("shards", "word"), [("9-2", "backwards"), ("7", "out of range"), ("one", "'one'")])
+def test_a_bad_shard_list_is_one_line(tmp_path: Path, spec: Path, shards: str, word: str) -> None:
+    refused(run("render", "--spec", str(spec), "--corpus", str(tmp_path / "c"), "--shards", shards), word, "SHARDS=")
+
+
+def test_an_unreachable_store_is_one_line(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "very-secret",
+        "AWS_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    done = run("render", "--spec", str(spec), "--corpus", "s3://bucket/corpus")
+    refused(done, "s3://bucket/corpus", "check the URL")
+    assert "very-secret" not in done.stderr
+
+
+def test_a_read_only_folder_is_one_line(tmp_path: Path, spec: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run("render", "--spec", str(spec), "--corpus", str(tmp_path / "file")), "is not a folder")
+
+
+def test_reading_verbs_name_a_missing_corpus(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    for verb in ("status", "publish"):
+        refused(run(verb, "--corpus", missing), missing, "does not exist")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_publishing_nothing_is_one_line(tmp_path: Path) -> None:
+    refused(run("publish", "--corpus", str(tmp_path)), "no plan")
+
+
+def test_a_corpus_of_another_schema_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions" / "000001.json").write_text('{"schema": 7}')
+    refused(run("report", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")), "schema 7", "reads schema 1")
+
+
+def test_help_lists_the_verbs() -> None:
+    text = run("--help").stdout
+    assert all(verb in text for verb in ("render", "publish", "status", "report", "train", "demo"))
+    made = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {verb}" in made for verb in ("demo", "render", "publish", "status", "train", "test"))
