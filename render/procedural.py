@@ -153,8 +153,13 @@ def _from_blender(data: Any) -> Mesh:
     uv = np.zeros(2 * num_loops, np.float32)
     if data.uv_layers:
         data.uv_layers[0].uv.foreach_get("vector", uv)
-    return Mesh(vertices=vertices.reshape(-1, 3).astype(np.float64), corners=corners.astype(np.int64),
-                sizes=sizes.astype(np.int64), uv=uv.reshape(-1, 2).astype(np.float64), slots=slots.astype(np.int64))  # fmt: skip
+    return Mesh(
+        vertices=vertices.reshape(-1, 3).astype(np.float64),
+        corners=corners.astype(np.int64),
+        sizes=sizes.astype(np.int64),
+        uv=uv.reshape(-1, 2).astype(np.float64),
+        slots=slots.astype(np.int64),
+    )
 
 
 def _box_mapped(mesh: Mesh) -> Mesh:

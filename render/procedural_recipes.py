@@ -14,7 +14,6 @@ import numpy as np
 
 from render.procedural_shapes import (
     TAU,
-    Float64,
     Mesh,
     around,
     blob,
@@ -31,17 +30,15 @@ from render.procedural_shapes import (
     sphere,
     spline,
     superquadric,
-    supershape_radius,
     torus,
     tube,
 )
-
-Rng = np.random.Generator
+from render.procedural_solids import Rng, affordable, some_outline, some_profile, some_rock, some_solid
 
 MAIN, SECOND, ACCENT, TRIM = range(4)  # roles of materials; TRIM is plain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Part:
     """A mesh of one material, with what is still to be done to it.
 
@@ -60,84 +57,17 @@ class Part:
     wire: float = 0.0
 
 
-def _outline(rng: Rng) -> Float64:
-    """Return a random closed outline [n, 2] of radius about 1, star-shaped about the origin."""
-    kind = int(rng.integers(6))
-    sides = int(rng.integers(3, 9))
-    if kind == 0:
-        return circle(sides)
-    if kind == 1:  # star
-        depth = rng.uniform(0.45, 0.75)
-        radius = np.where(np.arange(2 * sides) % 2 == 0, 1.0, depth)
-        return circle(2 * sides) * radius[:, None]
-    if kind == 2:  # gear
-        teeth, depth = int(rng.integers(7, 16)), rng.uniform(0.1, 0.22)
-        return polar(lambda a: 1 - depth / 2 + depth / 2 * np.tanh(6 * np.sin(teeth * a)), 12 * teeth)
-    if kind == 3:
-        return rounded_rectangle(rng.uniform(1.3, 2), rng.uniform(1.0, 2), rng.uniform(0.1, 0.45), 6)
-    if kind == 4:  # flower
-        petals, depth = int(rng.integers(3, 9)), rng.uniform(0.1, 0.28)
-        return polar(lambda a: 1 - depth + depth * np.cos(petals * a))
-    lobes, n1, n2 = float(rng.integers(3, 8)), rng.uniform(0.6, 3), rng.uniform(0.8, 3)
-    outline = polar(lambda a: supershape_radius(a, lobes, n1, n2, n2))
-    return outline / np.abs(outline).max()
-
-
-def _profile(rng: Rng, wild: float = 1.0) -> Float64:
-    """Return a smooth turned profile [m, 2] of (radius, z), z from 0 to 1."""
-    knots = int(rng.integers(4, 8))
-    radius = rng.uniform(0.55 - 0.35 * wild, 1.0, knots)
-    curve = spline(np.stack([radius, np.linspace(0, 1, knots)], -1), 40)
-    return np.maximum(curve, [0.12, 0.0])
-
-
-def _rock(rng: Rng, steps: int = 20) -> Mesh:
-    """Return a lumpy closed solid of radius about 1."""
-    waves, phase = rng.normal(0, 2.2, (7, 3)), rng.uniform(0, TAU, 7)
-    depth = rng.uniform(0.03, 0.09)
-    return blob(lambda d: np.maximum(1 + depth * np.sin(d @ waves.T + phase).sum(1), 0.4), steps)
-
-
-def _solid(rng: Rng) -> Mesh:
-    """Return a random closed solid, to be fitted to a size by the caller."""
-    kind = int(rng.integers(9))
-    if kind == 0:
-        return lathe(_profile(rng))
-    if kind == 1:
-        return superquadric(rng.uniform(0.8, 6), rng.uniform(0.9, 6))
-    if kind == 2:
-        return prism(_outline(rng), rng.uniform(0.6, 1.6), rng.uniform(0.03, 0.15))
-    if kind == 3:
-        return prism(_outline(rng), 2, 0.06, rows=28, twist_rad=rng.uniform(-2.5, 2.5), top=rng.uniform(0.4, 1.1))
-    if kind == 4:
-        return box(rng.uniform(0.6, 1.2), rng.uniform(0.6, 1.2), rng.uniform(0.6, 1.2), rng.uniform(0.02, 0.2))
-    if kind == 5:
-        return _rock(rng)
-    if kind == 6:
-        flutes, depth, turn = int(rng.integers(6, 18)), rng.uniform(0.04, 0.12), rng.uniform(-3, 3)
-        return lathe(_profile(rng, 0.6), 96, lambda a, z: 1 + depth * np.cos(flutes * a + turn * z))
-    if kind == 7:
-        return prism(_outline(rng), 1, 0.05, rows=16, top=rng.uniform(0.5, 1), bulge=rng.uniform(0.1, 0.5))
-    lobes, power = float(rng.integers(3, 7)), rng.uniform(0.8, 2.5)
-
-    def radius(d: Float64) -> Float64:
-        flat = supershape_radius(np.arctan2(d[:, 1], d[:, 0]), lobes, power, 1.7, 1.7)
-        return flat ** (1 - d[:, 2] ** 2) * supershape_radius(np.arcsin(d[:, 2].clip(-1, 1)), 4, 3, 4, 4)
-
-    return blob(radius, 26)
-
-
 def totem(rng: Rng) -> list[Part]:
     """Three to six solids on top of one another, wide and narrow in turn, sometimes with ears or arms."""
     parts, z = [], 0.0
     count = int(rng.integers(3, 7))
     for i in range(count):
         height, width = rng.uniform(0.3, 0.65), rng.uniform(0.45, 1.0) * (1 if i % 2 == 0 else 0.75)
-        piece = _solid(rng).turned("z", rng.uniform(0, TAU)).fitted(width, width * rng.uniform(0.8, 1), height)
-        parts.append(Part(mesh=piece.moved(z=z), material=(MAIN, SECOND, ACCENT)[(i + count) % 3]))
+        piece = some_solid(rng).turned("z", rng.uniform(0, TAU)).fitted(width, width * rng.uniform(0.8, 1), height)
+        parts.append(Part(piece.moved(z=z), (MAIN, SECOND, ACCENT)[(i + count) % 3]))
         if rng.random() < 0.3:
             arm = tube(spline(np.array([[0, 0, 0], [width * 0.6, 0, 0], [width * 0.8, 0, 0.3]]), 14), 0.07)
-            parts.append(Part(mesh=mirrored(arm).moved(z=z + height / 2), material=TRIM))
+            parts.append(Part(mirrored(arm).moved(z=z + height / 2), TRIM))
         z += height * 0.9
     return parts[:9]
 
@@ -145,29 +75,29 @@ def totem(rng: Rng) -> list[Part]:
 def vase(rng: Rng) -> list[Part]:
     """A turned vessel with a wall, fluted or plain, with handles, a lid or a foot ring."""
     height = rng.uniform(1.3, 2.0)
-    outer = _profile(rng) * (rng.uniform(0.5, 0.75), height)
-    outer = np.concatenate([[[outer[0, 0] * 0.9, 0.0]], outer + (0, 0.02)])
+    outer = some_profile(rng) * (rng.uniform(0.5, 0.75), height)
+    outer = np.concatenate([[[outer[0, 0] * 0.9, 0.0]], outer + np.array([0, 0.02])])
     wall = 0.05
     inner = outer[:3:-1] - (wall, 0)
     profile = np.concatenate([outer, [outer[-1] + (-wall / 2, wall / 2)], np.maximum(inner, (0.02, 0))])
     flutes, depth, turn = int(rng.integers(5, 14)), rng.uniform(0.02, 0.07), rng.uniform(-2.5, 2.5)
     fluted = rng.random() < 0.5
     body = lathe(profile, 96, (lambda a, z: 1 + depth * np.cos(flutes * a + turn * z)) if fluted else None)
-    parts = [Part(mesh=body, material=MAIN)]
+    parts = [Part(body, MAIN)]
     top, kind = outer[-1, 0], rng.random()
     if kind < 0.45:
         low, high = (float(np.interp(z, outer[:, 1], outer[:, 0])) for z in (height * 0.35, height * 0.8))
         reach = max(low, high) + rng.uniform(0.15, 0.35)
         knots = np.array([[low - 0.03, 0, 0.35], [reach, 0, 0.45], [reach, 0, 0.7], [high - 0.03, 0, 0.8]])
         handle = tube(spline(knots * (1, 1, height), 24), rng.uniform(0.035, 0.07), 12)
-        parts.append(Part(mesh=around(handle, int(rng.integers(2, 4))), material=SECOND))
+        parts.append(Part(around(handle, int(rng.integers(2, 4))), SECOND))
     if kind > 0.3:
         lid = lathe(np.array([[top * 1.08, 0], [top * 1.1, 0.06], [top * 0.7, 0.16], [0.06, 0.22], [0.0, 0.23]]))
-        parts.append(Part(mesh=lid.moved(z=height + 0.03), material=SECOND))
-        parts.append(Part(mesh=_solid(rng).fitted(0.22, 0.22, 0.24).moved(z=height + 0.22), material=ACCENT))
+        parts.append(Part(lid.moved(z=height + 0.03), SECOND))
+        parts.append(Part(some_solid(rng).fitted(0.22, 0.22, 0.24).moved(z=height + 0.22), ACCENT))
     for share in rng.uniform(0.1, 0.9, int(rng.integers(0, 3))):
         radius = float(np.interp(share * height, outer[:, 1], outer[:, 0]))
-        parts.append(Part(mesh=torus(radius, 0.045, 64, 12).moved(z=share * height), material=ACCENT))
+        parts.append(Part(torus(radius, 0.045, 64, 12).moved(z=share * height), ACCENT))
     return parts
 
 
@@ -176,29 +106,32 @@ def machine(rng: Rng) -> list[Part]:
     x, y, z = rng.uniform(0.8, 1.5), rng.uniform(0.7, 1.2), rng.uniform(0.5, 1.1)
     slots = [box(0.05, 2 * y, z * 0.5, 0.005).moved(x=s, z=z * 0.28) for s in np.arange(-2, 3) * 0.12]
     vented = rng.random() < 0.5
-    parts = [Part(mesh=box(x, y, z, rng.uniform(0.02, 0.12)), material=MAIN)]
+    parts = [Part(box(x, y, z, rng.uniform(0.02, 0.12)), MAIN)]
     if vented:  # vents run through a block of their own, so that the housing keeps its mass
         grille = box(0.75, y * 0.4, z * 0.8, 0.03).moved(z=0.08, y=-y * 0.42)
-        cuts = tuple(slot.moved(y=-y * 1.55) for slot in slots)
-        parts.append(Part(mesh=grille, material=SECOND, cutters=cuts))
-    blocks = [box(*rng.uniform(0.25, 0.6, 3), 0.03).moved(*(rng.uniform(-0.4, 0.4, 2) * (x, y)), z=z - 0.06)
-              for _ in range(int(rng.integers(1, 4)))]  # fmt: skip
-    parts.append(Part(mesh=join(blocks), material=SECOND))
+        cuts = tuple(slot.moved(y=-y * 1.45) for slot in slots)
+        parts.append(Part(grille, SECOND, cutters=cuts))
+    blocks = []
+    for _ in range(int(rng.integers(1, 4))):
+        width, depth, height = rng.uniform(0.25, 0.6, 3)
+        block = box(width, depth, height, 0.03)
+        blocks.append(block.moved(rng.uniform(-0.4, 0.4) * x, rng.uniform(-0.4, 0.4) * y, z - 0.06))
+    parts.append(Part(join(blocks), SECOND))
     stack = cylinder(rng.uniform(0.1, 0.22), rng.uniform(0.4, 0.9)).moved(rng.uniform(-0.3, 0.3) * x, 0.2 * y, z - 0.05)
-    parts.append(Part(mesh=stack, material=ACCENT))
+    parts.append(Part(stack, ACCENT))
     teeth = int(rng.integers(9, 16))
     gear = prism(polar(lambda a: 1 + 0.08 * np.tanh(5 * np.sin(teeth * a)), 12 * teeth) * 0.33, 0.16, 0.02)
     gear = join([gear, cylinder(0.1, 0.28, 0.02).with_slot(0)]).turned("y", np.pi / 2)
-    parts.append(Part(mesh=gear.moved(x / 2 - 0.04, rng.uniform(-0.15, 0.15) * y, z * 0.5), material=ACCENT))
+    parts.append(Part(gear.moved(x / 2 - 0.04, rng.uniform(-0.15, 0.15) * y, z * 0.5), ACCENT))
     if rng.random() < 0.75:
         high = z * rng.uniform(1.2, 1.7)
         knots = np.array([[-x / 2 + 0.1, 0, z * 0.3], [-x / 2 - 0.25, 0, z * 0.4], [-x / 2 - 0.2, 0, high],
                           [-x * 0.2, 0.0, high], [-x * 0.15, 0.0, z - 0.05]])  # fmt: skip
         pipe = tube(spline(knots, 40), rng.uniform(0.05, 0.1), 16)
-        parts.append(Part(mesh=pipe.moved(y=rng.uniform(-0.2, 0.2) * y), material=TRIM))
+        parts.append(Part(pipe.moved(y=rng.uniform(-0.2, 0.2) * y), TRIM))
     foot = cylinder(0.09, 0.2) if rng.random() < 0.5 else cylinder(0.2, 0.14).turned("x", np.pi / 2).moved(y=0.07)
     feet = [foot.moved(sx * x * 0.36, sy * y * 0.4, -0.12) for sx in (-1, 1) for sy in (-1, 1)]
-    parts.append(Part(mesh=join(feet), material=TRIM))
+    parts.append(Part(join(feet), TRIM))
     return parts
 
 
@@ -220,40 +153,42 @@ def terrain(rng: Rng) -> list[Part]:
         radius = np.hypot(x, y)
         heights = 0.35 * heights + 5 * np.exp(-4 * radius**2) - 3.5 * np.exp(-30 * radius**2)  # volcano
     heights = (heights - heights.min()) / np.ptp(heights) * rng.uniform(0.35, 0.8) + 0.18
-    parts = [Part(mesh=height_field(heights, size, size), material=MAIN)]
-    parts.append(Part(mesh=box(size + 0.12, size + 0.12, 0.2, 0.03).moved(z=-0.06), material=SECOND))
+    parts = [Part(height_field(heights, size, size), MAIN)]
+    parts.append(Part(box(size + 0.12, size + 0.12, 0.2, 0.03).moved(z=-0.06), SECOND))
     for role in (SECOND, ACCENT):
         if rng.random() < 0.75:
-            prop, things = _solid(rng), []
-            for _ in range(int(rng.integers(2, 7))):
+            prop, things = some_solid(rng), []
+            for _ in range(affordable(prop, int(rng.integers(2, 7)))):
                 i, j = rng.integers(8, n - 8, 2)
                 width, height = rng.uniform(0.12, 0.28), rng.uniform(0.15, 0.6)
                 place = (axis[j] * size / 2, axis[i] * size / 2, heights[i - 3 : i + 4, j - 3 : j + 4].min() - 0.04)
                 things.append(prop.fitted(width, width, height).moved(*place))
-            parts.append(Part(mesh=join(things), material=role))
+            parts.append(Part(join(things), role))
     return parts
 
 
 def caged(rng: Rng) -> list[Part]:
     """A solid inside a wireframe cage on a base, or hung in it by an axle."""
-    core = _solid(rng).fitted(1.0, 1.0, 1.0).moved(z=-0.5)
     kind = int(rng.integers(4))
+    width = 1.35 if kind == 3 else 1.0  # a ring cage rests on the core
+    core = some_solid(rng).fitted(width, width, 1.0).moved(z=-0.5)
     if kind == 0:
         frame = blob(lambda d: np.full(len(d), 0.95), int(rng.integers(2, 5)))
     elif kind == 1:
         frame = prism(circle(int(rng.integers(4, 10))) * 0.85, 1.5, rows=int(rng.integers(1, 4))).moved(z=-0.75)
     elif kind == 2:
-        frame = lathe(_profile(rng, 0.5)[::8] * (0.9, 1.6), int(rng.integers(5, 11))).moved(z=-0.8)
+        frame = lathe(some_profile(rng, 0.5)[::8] * (0.9, 1.6), int(rng.integers(5, 11))).moved(z=-0.8)
     else:
         frame = torus(0.78, 0.24, int(rng.integers(8, 16)), int(rng.integers(4, 7)))
-    parts = [Part(mesh=core, material=MAIN), Part(mesh=frame, material=SECOND, wire=rng.uniform(0.05, 0.11))]
+    parts = [Part(core, MAIN), Part(frame, SECOND, wire=rng.uniform(0.05, 0.11))]
     low, high = frame.bounds[:, 2]
-    if rng.random() < 0.5 and kind != 3:
-        parts.append(Part(mesh=cylinder(0.07, high - low + 0.2).moved(z=low - 0.1), material=TRIM))
-    pedestal = prism(_outline(rng) * 0.75, 0.25, 0.05).moved(z=min(low, -0.5) - 0.2)
-    parts.append(Part(mesh=pedestal, material=ACCENT))
+    # The pole carries the core, and the frame where it has a pole of its own.
+    low, high = min(low, -0.6), max(high, 0.5)
+    parts.append(Part(cylinder(0.07, high - low + 0.2).moved(z=low - 0.1), TRIM))
+    pedestal = prism(some_outline(rng) * 0.75, 0.25, 0.05).moved(z=min(low, -0.5) - 0.2)
+    parts.append(Part(pedestal, ACCENT))
     if rng.random() < 0.5:
-        parts.append(Part(mesh=torus(0.72, 0.07), material=ACCENT))
+        parts.append(Part(torus(0.72, 0.07), ACCENT))
     return parts
 
 
@@ -265,50 +200,56 @@ def carved(rng: Rng) -> list[Part]:
     elif kind == 1:
         body = superquadric(rng.uniform(2, 6), rng.uniform(2, 6), 28).scaled(0.85)
     elif kind == 2:
-        body = prism(_outline(rng) * 0.85, 1.3, 0.06, rows=10, twist_rad=rng.uniform(-0.8, 0.8)).moved(z=-0.65)
+        body = prism(some_outline(rng) * 0.85, 1.3, 0.06, rows=10, twist_rad=rng.uniform(-0.8, 0.8)).moved(z=-0.65)
     else:
-        body = lathe(_profile(rng, 0.6)).fitted(1.5, 1.5, 1.6).moved(z=-0.8)
+        body = lathe(some_profile(rng, 0.6)).fitted(1.5, 1.5, 1.6).moved(z=-0.8)
     cutters = []
     for axis in rng.permutation(["x", "y", "z"])[: int(rng.integers(1, 4))]:
-        drill = prism(_outline(rng) * rng.uniform(0.22, 0.42), 3).moved(z=-1.5).turned("z", rng.uniform(0, TAU))
+        drill = prism(some_outline(rng) * rng.uniform(0.22, 0.42), 3).moved(z=-1.5).turned("z", rng.uniform(0, TAU))
         cutters.append(drill if axis == "z" else drill.turned("x" if axis == "y" else "y", np.pi / 2))
     for _ in range(int(rng.integers(0, 4))):
         direction = rng.normal(size=3)
         direction /= np.linalg.norm(direction)
         bite = sphere(rng.uniform(0.25, 0.5), 14) if rng.random() < 0.6 else box(0.6, 0.6, 0.6, 0.02).moved(z=-0.3)
         cutters.append(bite.turned("x", rng.uniform(0, TAU)).moved(*(direction * rng.uniform(0.8, 1.05))))
-    parts = [Part(mesh=body, material=MAIN, cutters=tuple(cutters), cut_material=int(rng.choice([SECOND, ACCENT])))]
+    parts = [Part(body, MAIN, cutters=tuple(cutters), cut_material=int(rng.choice([SECOND, ACCENT])))]
     if rng.random() < 0.6:
-        parts.append(Part(mesh=_solid(rng).fitted(0.75, 0.75, 1.2).moved(z=-0.7), material=ACCENT))
-    parts.append(Part(mesh=prism(_outline(rng) * 0.8, 0.22, 0.05).moved(z=body.bounds[0, 2] - 0.16), material=SECOND))
+        parts.append(Part(some_solid(rng).fitted(0.75, 0.75, 1.2).moved(z=-0.7), ACCENT))
+    parts.append(Part(prism(some_outline(rng) * 0.8, 0.22, 0.05).moved(z=body.bounds[0, 2] - 0.16), SECOND))
     return parts
 
 
 def tower(rng: Rng) -> list[Part]:
     """A tall twisted loft with rings, buttresses and a crown."""
-    outline, height = _outline(rng), rng.uniform(1.5, 2.1)
+    outline, height = some_outline(rng), rng.uniform(1.5, 2.1)
     top, twist = rng.uniform(0.45, 1.0), rng.uniform(-3.5, 3.5)
     outline = outline * 0.5
-    shaft = prism(outline, height, 0.03, rows=40, twist_rad=twist, top=top, bulge=rng.uniform(-0.3, 0.2))
-    parts = [Part(mesh=shaft, material=MAIN)]
-    parts.append(Part(mesh=prism(_outline(rng) * 0.68, 0.2, 0.05).moved(z=-0.1), material=SECOND))
+    bulge = rng.uniform(-0.3, 0.2)
+    shaft = prism(outline, height, 0.03, rows=40, twist_rad=twist, top=top, bulge=bulge)
+    parts = [Part(shaft, MAIN)]
+    parts.append(Part(prism(some_outline(rng) * 0.68, 0.2, 0.05).moved(z=-0.1), SECOND))
     roof = lathe(np.array([[0.62, 0], [0.66, 0.08], [0.3, 0.3], [0.12, 0.6], [0, 0.66]]) * rng.uniform(0.7, 1.2, 2))
-    cap = roof if rng.random() < 0.5 else _solid(rng).fitted(0.8 * top, 0.8 * top, 0.6)
-    parts.append(Part(mesh=cap.moved(z=height - 0.06), material=SECOND))
+    cap = roof if rng.random() < 0.5 else some_solid(rng).fitted(0.8 * top, 0.8 * top, 0.6)
+    parts.append(Part(cap.moved(z=height - 0.06), SECOND))
+    reach = np.linalg.norm(outline, axis=1)
+
+    def radius(share: float) -> float:  # between the valleys and the ridges of the shaft, so that rings bite into it
+        wide = 0.3 * float(reach.min()) + 0.7 * float(reach.max())
+        return wide * float(1 + (top - 1) * share + bulge * np.sin(np.pi * share))
+
     if rng.random() < 0.6:
-        ring = torus(0.54, 0.07, 64, 14)
-        rings = [ring.moved(z=height * share) for share in rng.uniform(0.15, 0.9, int(rng.integers(1, 4)))]
-        parts.append(Part(mesh=join(rings), material=ACCENT))
+        shares = rng.uniform(0.1, 0.9, int(rng.integers(1, 4)))
+        parts.append(Part(join([torus(radius(s), 0.07, 64, 14).moved(z=height * s) for s in shares]), ACCENT))
     if rng.random() < 0.5:
-        knots = np.array([[0.85, 0, -0.08], [0.7, 0, 0.3], [0.4, 0, height * 0.5]])
-        parts.append(Part(mesh=around(tube(spline(knots, 16), 0.06), int(rng.integers(3, 7))), material=TRIM))
+        knots = np.array([[0.9, 0, -0.08], [0.75, 0, 0.3], [0.7 * radius(0.5), 0, height * 0.5]])
+        parts.append(Part(around(tube(spline(knots, 16), 0.06), int(rng.integers(3, 7))), TRIM))
     return parts
 
 
 def creature(rng: Rng) -> list[Part]:
     """A mirrored animal or robot: body, head, legs, eyes, and horns, wings, tail or back plates."""
     length, width, leg = rng.uniform(0.9, 1.5), rng.uniform(0.5, 0.85), rng.uniform(0.25, 0.7)
-    body = superquadric(rng.uniform(1.8, 5), rng.uniform(1.8, 5)) if rng.random() < 0.6 else _rock(rng)
+    body = superquadric(rng.uniform(1.8, 5), rng.uniform(1.8, 5)) if rng.random() < 0.6 else some_rock(rng)
     body = body.fitted(width, length, width * rng.uniform(0.8, 1.1)).moved(z=leg)
     middle, half = leg + body.bounds[1, 2] / 2 - leg / 2, length / 2
     head_size = rng.uniform(0.4, 0.65)
@@ -318,7 +259,7 @@ def creature(rng: Rng) -> list[Part]:
     neck = tube(
         spline(np.array([[0, -half * 0.5, middle], [0, -half * 0.8, middle + rise * 0.4], at]), 16), head_size * 0.3
     )
-    parts = [Part(mesh=body, material=MAIN), Part(mesh=join([head.moved(*at), neck]), material=SECOND)]
+    parts = [Part(body, MAIN), Part(join([head.moved(*at), neck]), SECOND)]
     knee = rng.uniform(-0.15, 0.15)
     limb = np.array([[width * 0.3, 0, leg + 0.25], [width * 0.45, knee, leg * 0.5], [width * 0.45, 0, 0.0]])
     pairs = int(rng.integers(1, 4)) + 1
@@ -326,31 +267,31 @@ def creature(rng: Rng) -> list[Part]:
         tube(spline(limb, 14), np.linspace(0.12, 0.08, 14), 12).moved(y=s)
         for s in np.linspace(-0.3, 0.3, pairs) * length
     ]
-    parts.append(Part(mesh=mirrored(join(legs)), material=SECOND))
+    parts.append(Part(mirrored(join(legs)), SECOND))
     feet = [
         box(0.22, 0.28, 0.1, 0.03).moved(width * 0.45, s - 0.04, -0.05) for s in np.linspace(-0.3, 0.3, pairs) * length
     ]
-    parts.append(Part(mesh=mirrored(join(feet)), material=TRIM))
+    parts.append(Part(mirrored(join(feet)), TRIM))
     eye = sphere(head_size * 0.16, 8).moved(
         at[0] + head_size * 0.25, at[1] - head_size * 0.38, at[2] + head_size * 0.15
     )
-    parts.append(Part(mesh=mirrored(eye), material=ACCENT))
-    x, y, z = at
+    parts.append(Part(mirrored(eye), ACCENT))
+    _, y, z = at
     horn = np.array(
         [[0.1, y, z + head_size * 0.3], [0.28, y - 0.05, z + 0.5], [0.25, y - 0.25, z + rng.uniform(0.6, 0.8)]]
     )
     if rng.random() < 0.65:
-        parts.append(Part(mesh=mirrored(tube(spline(horn, 14), np.linspace(0.07, 0.02, 14), 10)), material=TRIM))
+        parts.append(Part(mirrored(tube(spline(horn, 14), np.linspace(0.07, 0.02, 14), 10)), TRIM))
     if rng.random() < 0.6:
         tail = np.array(
             [[0, half * 0.8, middle], [0, half + 0.3, middle + 0.1], [0, half + 0.4, middle + rng.uniform(-0.4, 0.6)]]
         )
-        parts.append(Part(mesh=tube(spline(tail, 20), np.linspace(0.14, 0.04, 20), 12), material=ACCENT))
+        parts.append(Part(tube(spline(tail, 20), np.linspace(0.14, 0.04, 20), 12), ACCENT))
     if rng.random() < 0.6:
         plate = prism(circle(3) * 0.2, 0.07, 0.015).turned("x", np.pi / 2).turned("z", np.pi / 2).turned("x", np.pi / 2)
         top = body.bounds[1, 2]
         plates = [plate.moved(y=s, z=top - 0.02 - 0.25 * (s / half) ** 2) for s in np.linspace(-0.6, 0.6, 5) * half]
-        parts.append(Part(mesh=join(plates), material=ACCENT))
+        parts.append(Part(join(plates), ACCENT))
     return parts
 
 
@@ -362,14 +303,16 @@ def furniture(rng: Rng) -> list[Part]:
     if kind == 1:
         return _shelf(rng)
     reach = rng.uniform(0.9, 1.5)
-    foot = prism(_outline(rng) * 0.45, 0.14, 0.04)
+    foot = prism(some_outline(rng) * 0.45, 0.14, 0.04)
     bend = np.array([[0, 0, 0.05], [0, 0, reach * 0.5], [rng.uniform(-0.2, 0.2), 0, reach]])
     profile = np.array([[0.5, 0], [0.46, 0.12], [0.3, 0.4], [0.16, 0.5], [0.0, 0.52]]) * rng.uniform(0.8, 1.3, 2)
-    shade = lathe(spline(profile, 24).clip(0)) if rng.random() < 0.5 else prism(_outline(rng) * 0.5, 0.5, 0.03, top=0.6)
-    parts = [Part(mesh=foot, material=SECOND), Part(mesh=tube(spline(bend, 20), 0.05), material=TRIM)]
-    parts.append(Part(mesh=shade.moved(bend[-1, 0], 0, reach - 0.15), material=MAIN))
-    knob = _solid(rng).fitted(0.3, 0.3, 0.35).moved(z=0.1)
-    parts.append(Part(mesh=knob, material=ACCENT))
+    shade = (
+        lathe(spline(profile, 24).clip(0)) if rng.random() < 0.5 else prism(some_outline(rng) * 0.5, 0.5, 0.03, top=0.6)
+    )
+    parts = [Part(foot, SECOND), Part(tube(spline(bend, 20), 0.05), TRIM)]
+    parts.append(Part(shade.moved(bend[-1, 0], 0, reach - 0.15), MAIN))
+    knob = some_solid(rng).fitted(0.3, 0.3, 0.35).moved(z=0.1)
+    parts.append(Part(knob, ACCENT))
     return parts
 
 
@@ -377,24 +320,24 @@ def _seat(rng: Rng) -> list[Part]:
     """Return a table, chair or stool with turned or square legs."""
     x, y, z = rng.uniform(0.8, 1.6), rng.uniform(0.8, 1.3), rng.uniform(0.6, 1.0)
     round_top = rng.random() < 0.4
-    top = prism(_outline(rng) * (x / 2, y / 2), 0.14, 0.03) if round_top else box(x, y, 0.14, 0.04)
+    top = prism(some_outline(rng) * (x / 2, y / 2), 0.14, 0.03) if round_top else box(x, y, 0.14, 0.04)
     spread = 0.3 if round_top else 0.42
-    turned = lathe(_profile(rng) * (0.1, z), 24) if rng.random() < 0.5 else box(0.13, 0.13, z, 0.02)
+    turned = lathe(some_profile(rng) * (0.1, z), 24) if rng.random() < 0.5 else box(0.13, 0.13, z, 0.02)
     legs = [turned.moved(sx * x * spread, sy * y * spread) for sx in (-1, 1) for sy in (-1, 1)]
-    parts = [Part(mesh=top.moved(z=z - 0.03), material=MAIN), Part(mesh=join(legs), material=SECOND)]
+    parts = [Part(top.moved(z=z - 0.03), MAIN), Part(join(legs), SECOND)]
     rails = [box(x * spread * 2, 0.06, 0.08, 0.01).moved(y=s * y * spread, z=z * 0.35) for s in (-1, 1)]
-    parts.append(Part(mesh=join(rails), material=TRIM))
+    parts.append(Part(join(rails), TRIM))
     kind = rng.random()
     if kind < 0.55:  # back rest and cushion
         back = box(x * 0.9, 0.1, rng.uniform(0.6, 0.9), 0.04)
         holes = tuple(box(0.1, 1, 0.35, 0.0).moved(x=s * x, z=0.16) for s in (-0.25, 0, 0.25))
         cut = back.turned("x", -0.12).moved(y=y * spread, z=z + 0.02)
-        parts.append(Part(mesh=cut, material=SECOND, cutters=tuple(h.moved(y=y * spread, z=z) for h in holes)))
-        parts.append(Part(mesh=superquadric(5, 2.5).fitted(x * 0.75, y * 0.7, 0.2).moved(z=z + 0.06), material=ACCENT))
+        parts.append(Part(cut, SECOND, cutters=tuple(h.moved(y=y * spread, z=z) for h in holes)))
+        parts.append(Part(superquadric(5, 2.5).fitted(x * 0.75, y * 0.7, 0.2).moved(z=z + 0.06), ACCENT))
     else:
         for role, side in ((ACCENT, -0.2), (SECOND, 0.22)):
-            thing = _solid(rng).fitted(0.35, 0.35, rng.uniform(0.3, 0.6))
-            parts.append(Part(mesh=thing.moved(side * x, rng.uniform(-0.15, 0.15) * y, z + 0.1), material=role))
+            thing = some_solid(rng).fitted(0.35, 0.35, rng.uniform(0.3, 0.6))
+            parts.append(Part(thing.moved(side * x, rng.uniform(-0.15, 0.15) * y, z + 0.1), role))
     return parts
 
 
@@ -404,25 +347,25 @@ def _shelf(rng: Rng) -> list[Part]:
     sides = [box(0.08, y, z, 0.015).moved(x=s * x / 2) for s in (-1, 1)]
     gap = (z - 0.2) / levels
     boards = [box(x, y * 0.97, 0.07, 0.01).moved(z=0.08 + gap * i) for i in range(levels + 1)]
-    parts = [Part(mesh=join(sides), material=MAIN), Part(mesh=join(boards), material=SECOND)]
-    parts.append(Part(mesh=box(x, 0.05, z * 0.97, 0.01).moved(y=y / 2 - 0.04, z=0.03), material=TRIM))
+    parts = [Part(join(sides), MAIN), Part(join(boards), SECOND)]
+    parts.append(Part(box(x, 0.05, z * 0.97, 0.01).moved(y=y / 2 - 0.04, z=0.03), ACCENT))
     for role in (ACCENT, MAIN, SECOND):
-        things, prop = [], _solid(rng)
-        for level in range(levels):
-            if rng.random() < 0.75:
+        things, prop = [], some_solid(rng)
+        for level in rng.permutation(levels)[: affordable(prop, levels)]:
+            if rng.random() < 0.85:
                 width = rng.uniform(0.18, 0.32)
                 thing = prop.fitted(width, width, gap * rng.uniform(0.4, 0.8))
                 side = (role - 1) * x * 0.3
                 things.append(thing.moved(side, -0.03, 0.14 + gap * level))
         if things:
-            parts.append(Part(mesh=join(things), material=role))
+            parts.append(Part(join(things), role))
     return parts
 
 
 def radial(rng: Rng) -> list[Part]:
     """A hub with blades, petals or arms about it: flower, turbine, crown, star fish."""
     count = int(rng.integers(3, 11))
-    hub = _solid(rng).fitted(0.65, 0.65, rng.uniform(0.4, 0.9))
+    hub = some_solid(rng).fitted(0.65, 0.65, rng.uniform(0.4, 0.9))
     middle = hub.bounds[1, 2] / 2
     kind = int(rng.integers(4))
     if kind == 0:  # blades
@@ -441,18 +384,17 @@ def radial(rng: Rng) -> list[Part]:
         blade = tube(spline(knots, 30), np.linspace(0.14, 0.03, 30), 14)
     else:  # spokes with ends
         spoke = tube(np.array([[0.1, 0, 0], [0.5, 0, 0], [0.9, 0, 0]]), 0.06)
-        blade = join([spoke, _solid(rng).fitted(0.3, 0.3, 0.3).moved(0.9, 0, -0.15)])
-    parts = [Part(mesh=hub, material=MAIN), Part(mesh=around(blade, count).moved(z=middle), material=SECOND)]
+        blade = join([spoke, some_solid(rng).fitted(0.3, 0.3, 0.3).moved(0.9, 0, -0.15)])
+        count = max(2, affordable(blade, count, 20_000))
+    parts = [Part(hub, MAIN), Part(around(blade, count).moved(z=middle), SECOND)]
     if rng.random() < 0.5:
-        parts.append(Part(mesh=torus(rng.uniform(0.45, 0.95), 0.06).moved(z=middle), material=ACCENT))
+        parts.append(Part(torus(rng.uniform(0.45, 0.95), 0.06).moved(z=middle), ACCENT))
     else:
-        parts.append(Part(mesh=sphere(0.24).moved(z=hub.bounds[1, 2]), material=ACCENT))
+        parts.append(Part(sphere(0.24).moved(z=hub.bounds[1, 2]), ACCENT))
     if rng.random() < 0.6:  # stand it up on a pole
-        parts = [
-            Part(mesh=p.mesh.moved(z=-middle).turned("x", np.pi / 2).moved(z=1.3), material=p.material) for p in parts
-        ]
-        parts.append(Part(mesh=tube(np.array([[0, 0.12, -0.1], [0, 0.12, 0.6], [0, 0.1, 1.3]]), 0.08), material=TRIM))
-        parts.append(Part(mesh=prism(_outline(rng) * 0.55, 0.2, 0.05).moved(y=0.12, z=-0.15), material=ACCENT))
+        parts = [Part(p.mesh.moved(z=-middle).turned("x", np.pi / 2).moved(z=1.3), p.material) for p in parts]
+        parts.append(Part(tube(np.array([[0, 0.12, -0.1], [0, 0.12, 0.6], [0, 0.1, 1.3]]), 0.08), TRIM))
+        parts.append(Part(prism(some_outline(rng) * 0.55, 0.2, 0.05).moved(y=0.12, z=-0.15), ACCENT))
     return parts
 
 
@@ -473,33 +415,37 @@ def knot(rng: Rng) -> list[Part]:
         main = tube(path, min(thick, 0.13), 18)
     else:
         ring = torus(0.55, thick)
-        main = join([ring.turned("x", np.pi / 2), ring.turned("z", 0.3).moved(x=0.55)]).moved(x=-0.27)
+        main = join([ring.turned("x", np.pi / 2), ring.moved(x=1.1 - 1.9 * thick)]).moved(x=-0.15)
     low, high = main.bounds[:, 2]
-    parts = [Part(mesh=main, material=MAIN)]
-    parts.append(Part(mesh=_solid(rng).fitted(1.2, 1.2, 0.45).moved(z=low - 0.4), material=SECOND))
-    parts.append(Part(mesh=prism(_outline(rng) * 0.75, 0.16, 0.04).moved(z=low - 0.5), material=TRIM))
+    parts = [Part(main, MAIN)]
+    stand = prism(
+        some_outline(rng) * 0.75, 0.42, 0.06, rows=10, twist_rad=rng.uniform(-0.8, 0.8), top=rng.uniform(0.8, 1.1)
+    )
+    parts.append(Part(stand.moved(z=low - 0.36), SECOND))
+    parts.append(Part(prism(some_outline(rng) * 0.75, 0.16, 0.04).moved(z=low - 0.5), TRIM))
     if kind == 1:
-        parts.append(Part(mesh=_solid(rng).fitted(0.55, 0.55, high - low).moved(z=low - 0.05), material=ACCENT))
+        parts.append(Part(some_solid(rng).fitted(0.55, 0.55, high - low).moved(z=low - 0.05), ACCENT))
     elif rng.random() < 0.6:
-        parts.append(Part(mesh=_rock(rng, 14).scaled(0.3).moved(z=high), material=ACCENT))
+        top = main.vertices[int(np.argmax(main.vertices[:, 2]))]
+        parts.append(Part(some_rock(rng, 14).scaled(0.25).shifted(top), ACCENT))
     return parts
 
 
 def assembly(rng: Rng) -> list[Part]:
     """Random solids that grow out of one another in any direction, after LRM-Zero (arXiv 2406.09371)."""
-    meshes = [_solid(rng).fitted(0.9, 0.9, 0.9).moved(z=-0.45).turned("x", rng.uniform(0, TAU))]
+    meshes = [some_solid(rng).fitted(0.9, 0.9, 0.9).moved(z=-0.45).turned("x", rng.uniform(0, TAU))]
     for _ in range(int(rng.integers(2, 7))):
         host = meshes[int(rng.integers(len(meshes)))]
         anchor = host.vertices[int(rng.integers(len(host.vertices)))]
         size = rng.uniform(0.3, 0.8, 3)
-        piece = _solid(rng).fitted(*(float(s) for s in size)).moved(z=-size[2] / 2)
+        piece = some_solid(rng).fitted(*(float(s) for s in size)).moved(z=-size[2] / 2)
         piece = piece.turned("x", rng.uniform(0, TAU)).turned("z", rng.uniform(0, TAU))
         meshes.append(piece.moved(*(anchor * 0.92)))
-    parts = [Part(mesh=mesh, material=i % 4 if i else MAIN) for i, mesh in enumerate(meshes)]
+    parts = [Part(mesh, i % 4 if i else MAIN) for i, mesh in enumerate(meshes)]
     if rng.random() < 0.5:
-        frame = _solid(rng).fitted(1.0, 1.0, 1.0).moved(z=-0.5)
+        frame = some_solid(rng).fitted(1.0, 1.0, 1.0).moved(z=-0.5)
         bite = sphere(0.4, 12).moved(*rng.uniform(-0.5, 0.5, 3))
-        parts[0] = Part(mesh=frame, material=MAIN, cutters=(bite,), cut_material=ACCENT)
+        parts[0] = Part(frame, MAIN, cutters=(bite,), cut_material=ACCENT)
     return parts
 
 
@@ -511,20 +457,18 @@ def castle(rng: Rng) -> list[Part]:
     teeth += [box(3, 0.12, 0.2, 0.0).moved(y=s * y, z=z - 0.08) for s in (-0.3, -0.1, 0.1, 0.3)]
     court = box(x - 0.2, y - 0.2, z, 0.0).moved(z=0.1)
     gate = join([box(0.3, 0.5, 0.25, 0.0)]).moved(y=-y / 2, z=0.02)
-    parts = [Part(mesh=wall, material=MAIN, cutters=(court, *teeth, gate), cut_material=MAIN)]
+    parts = [Part(wall, MAIN, cutters=(court, *teeth, gate), cut_material=MAIN)]
     radius, height = rng.uniform(0.16, 0.26), z + rng.uniform(0.15, 0.6)
     sides = int(rng.choice([4, 6, 8, 32]))
     shaft = prism(circle(sides) * radius, height, 0.02, top=rng.uniform(0.8, 1.1))
     roof = prism(circle(sides) * radius * 1.25, rng.uniform(0.3, 0.6), rows=4, top=0.08).moved(z=height - 0.02)
     places = [(sx * x / 2, sy * y / 2) for sx in (-1, 1) for sy in (-1, 1)]
-    parts.append(Part(mesh=join([shaft.moved(*place) for place in places]), material=SECOND))
-    parts.append(Part(mesh=join([roof.moved(*place) for place in places]), material=ACCENT))
+    parts.append(Part(join([shaft.moved(*place) for place in places]), SECOND))
+    parts.append(Part(join([roof.moved(*place) for place in places]), ACCENT))
     keep = rng.uniform(0.7, 1.2)
-    parts.append(Part(mesh=prism(_outline(rng) * 0.36, keep, 0.02, rows=8, top=0.85).moved(z=0.05), material=SECOND))
-    parts.append(
-        Part(mesh=lathe(np.array([[0.4, 0], [0.42, 0.04], [0.05, 0.55], [0, 0.56]])).moved(z=keep), material=ACCENT)
-    )
-    parts.append(Part(mesh=prism(_outline(rng) * 1.25, 0.16, 0.05).moved(z=-0.12), material=TRIM))
+    parts.append(Part(prism(some_outline(rng) * 0.36, keep, 0.02, rows=8, top=0.85).moved(z=0.05), SECOND))
+    parts.append(Part(lathe(np.array([[0.4, 0], [0.42, 0.04], [0.05, 0.55], [0, 0.56]])).moved(z=keep), ACCENT))
+    parts.append(Part(prism(some_outline(rng) * 1.25, 0.16, 0.05).moved(z=-0.12), ACCENT))
     return parts
 
 
@@ -537,50 +481,52 @@ def vehicle(rng: Rng) -> list[Part]:
     cabin = prism(rounded_rectangle(width * 0.85, length * rng.uniform(0.35, 0.6), 0.1), rng.uniform(0.3, 0.5), 0.05,
                   rows=3, top=rng.uniform(0.6, 0.95))  # fmt: skip
     shift = rng.uniform(-0.15, 0.15) * length
-    parts = [Part(mesh=hull, material=MAIN), Part(mesh=cabin.moved(y=shift, z=top - 0.05), material=SECOND)]
+    parts = [Part(hull, MAIN), Part(cabin.moved(y=shift, z=top - 0.05), SECOND)]
     axles = np.linspace(-0.34, 0.34, int(rng.integers(2, 5))) * length
     rim = np.array(
         [[0.05, -0.02], [0.55, -0.02], [0.62, 0.06], [0.8, 0.0], [0.98, 0.08], [1.0, 0.3], [0.9, 0.5], [0.0, 0.5]]
     )
     disc = lathe(rim * (wheel, 0.4), 40).turned("y", -np.pi / 2).moved(x=width / 2 + 0.12)
     wheels = [disc.moved(y=float(a), z=wheel) for a in axles]
-    parts.append(Part(mesh=mirrored(join(wheels)), material=TRIM if rng.random() < 0.4 else ACCENT))
+    parts.append(Part(mirrored(join(wheels)), TRIM if rng.random() < 0.4 else ACCENT))
     lamp = sphere(0.09, 8).moved(width * 0.3, -length / 2, wheel + height * 0.5)
-    parts.append(Part(mesh=mirrored(lamp), material=ACCENT))
+    parts.append(Part(mirrored(lamp), ACCENT))
     if rng.random() < 0.8:
-        load = _solid(rng).fitted(width * 0.6, width * 0.6, rng.uniform(0.3, 0.7))
-        parts.append(Part(mesh=load.moved(y=length * 0.3, z=top - 0.05), material=ACCENT))
+        load = some_solid(rng).fitted(width * 0.6, width * 0.6, rng.uniform(0.3, 0.7))
+        parts.append(Part(load.moved(y=length * 0.3, z=top - 0.05), ACCENT))
     if rng.random() < 0.5:
         pipe = tube(spline(np.array([[0.25, 0.3, 0], [0.3, 0.35, 0.4], [0.25, 0.6, 0.7]]) * (1, 0.8, 1), 16), 0.06)
-        parts.append(Part(mesh=mirrored(pipe).moved(z=top - 0.08), material=TRIM))
+        parts.append(Part(mirrored(pipe).moved(z=top - 0.08), TRIM))
     return parts
 
 
 def plant(rng: Rng) -> list[Part]:
     """A potted tree, cactus or mushroom."""
     pot = lathe(np.array([[0.32, 0], [0.45, 0.45], [0.5, 0.46], [0.5, 0.58], [0.4, 0.58], [0.38, 0.5], [0.0, 0.5]]))
-    parts = [Part(mesh=pot, material=MAIN)]
+    parts = [Part(pot, MAIN)]
     lean, height = rng.uniform(-0.2, 0.2, 2), rng.uniform(0.5, 0.9)
     trunk = np.array([[0, 0, 0.4], [lean[0], lean[1], 0.5 + height / 2], [0, 0, 0.5 + height]])
     kind = int(rng.integers(3))
     if kind == 0:  # crown of lumps
-        parts.append(Part(mesh=tube(spline(trunk, 16), np.linspace(0.11, 0.07, 16)), material=TRIM))
-        lumps = [_rock(rng, 12).scaled(rng.uniform(0.25, 0.45)).moved(*rng.uniform(-0.3, 0.3, 2), z=0.6 + height + rng.uniform(-0.1, 0.3))
-                 for _ in range(int(rng.integers(2, 6)))]  # fmt: skip
-        parts.append(Part(mesh=join(lumps), material=SECOND))
+        parts.append(Part(tube(spline(trunk, 16), np.linspace(0.11, 0.07, 16)), TRIM))
+        lumps = []
+        for _ in range(int(rng.integers(2, 6))):
+            middle = rng.uniform(-0.25, 0.25, 3) + np.array([0, 0, height + 0.7])
+            lumps.append(some_rock(rng, 12).scaled(rng.uniform(0.28, 0.45)).shifted(middle))
+        parts.append(Part(join(lumps), SECOND))
         fruit = [sphere(0.09, 6).moved(*(lump.vertices[int(rng.integers(len(lump.vertices)))])) for lump in lumps]
-        parts.append(Part(mesh=join(fruit), material=ACCENT))
+        parts.append(Part(join(fruit), ACCENT))
         return parts
     if kind == 1:  # cactus
         ribs = int(rng.integers(7, 13))
         profile = np.array([[0.2, 0], [0.25, 0.4], [0.24, 0.8], [0.15, 1.05], [0.0, 1.12]]) * (1, height + 0.3)
-        body = lathe(spline(profile, 30).clip(0), 96, lambda a, z: 1 + 0.1 * np.cos(ribs * a)).moved(z=0.45)
+        body = lathe(spline(profile, 30).clip(0), 96, lambda a, _: 1 + 0.1 * np.cos(ribs * a)).moved(z=0.45)
         knots = np.array([[0.15, 0, 0], [0.45, 0, 0.02], [0.5, 0, 0.4]])
         arms = [tube(spline(knots, 20), 0.1, 14).turned("z", rng.uniform(0, TAU)).moved(z=rng.uniform(0.8, 1.1))
                 for _ in range(int(rng.integers(1, 4)))]  # fmt: skip
         top = body.bounds[1, 2]
         flower = around(superquadric(2, 2, 8).scaled(0.14, 0.06, 0.03).moved(x=0.12).turned("y", -0.5), 6).moved(z=top)
-        return [*parts, Part(mesh=join([body, *arms]), material=SECOND), Part(mesh=flower, material=ACCENT)]
+        return [*parts, Part(join([body, *arms]), SECOND), Part(flower, ACCENT)]
     caps, stems = [], []
     for i in range(int(rng.integers(1, 4))):  # mushrooms
         size, z = (
@@ -591,7 +537,7 @@ def plant(rng: Rng) -> list[Part]:
         profile = np.array([[0.1, 0.1], [0.8, 0.0], [1.0, 0.06], [0.85, 0.4], [0.4, 0.66], [0.0, 0.72]])
         caps.append(lathe(spline(profile, 28).clip(0) * size).moved(x, y, z - 0.1))
         stems.append(tube(np.array([[x, y, 0.4], [x, y, 0.8], [x, y, z]]), size * 0.22))
-    return [*parts, Part(mesh=join(caps), material=SECOND), Part(mesh=join(stems), material=ACCENT)]
+    return [*parts, Part(join(caps), SECOND), Part(join(stems), ACCENT)]
 
 
 RECIPES: tuple[Callable[[Rng], list[Part]], ...] = (

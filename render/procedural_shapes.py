@@ -51,7 +51,11 @@ class Mesh:
 
     def moved(self, x: float = 0, y: float = 0, z: float = 0) -> Mesh:
         """Return the mesh shifted by (x, y, z)."""
-        return replace(self, vertices=self.vertices + (x, y, z))
+        return self.shifted(np.array([x, y, z], np.float64))
+
+    def shifted(self, offset: Float64) -> Mesh:
+        """Return the mesh shifted by a vector [3]."""
+        return replace(self, vertices=self.vertices + offset)
 
     def transformed(self, matrix: Float64) -> Mesh:
         """Return the mesh under a linear map [3, 3]; a map that mirrors turns the faces round as well."""
@@ -115,11 +119,11 @@ def mirrored(mesh: Mesh) -> Mesh:
 
 
 def _lengths(points: Float64, axis: int) -> Float64:
-    """Return running lengths along an axis of points [m, n, 3], averaged over nothing: [m, n] starting at 0."""
+    """Return running lengths along an axis of points [m, n, 3], [m, n] starting at 0."""
     length = np.linalg.norm(np.diff(points, axis=axis), axis=-1)
     pad = [(0, 0), (0, 0)]
     pad[axis] = (1, 0)
-    return np.pad(np.cumsum(length, axis=axis), pad)
+    return np.asarray(np.pad(np.cumsum(length, axis=axis), pad))
 
 
 def surface(points: Float64, start: End = "cap", end: End = "cap", loop: bool = False) -> Mesh:
@@ -171,7 +175,7 @@ def _flat_uv(ring: Float64) -> Float64:
     helper = np.array([1.0, 0, 0]) if abs(normal[0]) < 0.8 else np.array([0.0, 1, 0])
     across = np.cross(normal, helper)
     across /= np.linalg.norm(across)
-    return np.stack([centered @ np.cross(across, normal), centered @ across], -1) + 0.5
+    return np.asarray(np.stack([centered @ np.cross(across, normal), centered @ across], -1) + 0.5)
 
 
 def _compact(vertices: Float64, corners: Int, sizes: Int, uv: Float64) -> Mesh:
@@ -201,13 +205,13 @@ def circle(count: int = 48) -> Float64:
 def polar(radius: Callable[[Float64], Float64], count: int = 96) -> Float64:
     """Return the closed outline [count, 2] of radius(angle)."""
     angle = np.arange(count) * TAU / count
-    return circle(count) * radius(angle)[:, None]
+    return np.asarray(circle(count) * radius(angle)[:, None])
 
 
 def supershape_radius(angle: Float64, lobes: float, n1: float, n2: float, n3: float) -> Float64:
     """Return the radius of Gielis' superformula (https://doi.org/10.3732/ajb.90.3.333) at angles in radians."""
     term = np.abs(np.cos(lobes * angle / 4)) ** n2 + np.abs(np.sin(lobes * angle / 4)) ** n3
-    return np.maximum(term, 1e-6) ** (-1 / n1)
+    return np.asarray(np.maximum(term, 1e-6) ** (-1 / n1))
 
 
 def rounded_rectangle(x: float, y: float, radius: float, steps: int = 4) -> Float64:
@@ -338,7 +342,7 @@ def superquadric(p: float, q: float, steps: int = 20) -> Mesh:
 
     def radius(d: Float64) -> Float64:
         x, y, z = np.abs(d.T) + 1e-9
-        return ((x**p + y**p) ** (q / p) + z**q) ** (-1 / q)
+        return np.asarray(((x**p + y**p) ** (q / p) + z**q) ** (-1 / q))
 
     return blob(radius, steps)
 

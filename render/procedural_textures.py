@@ -61,7 +61,7 @@ def palette(rng: np.random.Generator) -> Float32:
     hue = rng.uniform(0, 360)
     hues = [np.deg2rad(hue + step + rng.uniform(-8, 8)) for step in steps]
     # The three lightnesses are spread over the range, since hues alone vanish in a grey image.
-    lightness = rng.permutation(np.linspace(low - 0.08, high + 0.06, 3)) + rng.uniform(-0.03, 0.03, 3)
+    lightness = rng.permutation(np.linspace(low - 0.12, high + 0.08, 3)) + rng.uniform(-0.03, 0.03, 3)
     colors = [oklch_to_srgb(float(lightness[i]), rng.uniform(*chromas), hues[i]) for i in range(3)]
     colors.append(oklch_to_srgb(rng.uniform(0.20, 0.32), rng.uniform(0.01, 0.06), hues[int(rng.integers(3))]))
     colors.append(oklch_to_srgb(rng.uniform(0.88, 0.95), rng.uniform(0.01, 0.05), hues[int(rng.integers(3))]))
@@ -112,7 +112,7 @@ def step(value: Float32, edge: float, width: float) -> Float32:
 
 def _pick(rng: np.random.Generator, colors: Float32, count: int) -> Float32:
     """Return `count` different colours of a palette [5, 3] in random order, the saturated ones first in odds."""
-    return colors[rng.choice(NUM_COLORS, count, replace=False, p=[0.25, 0.25, 0.2, 0.15, 0.15])]
+    return np.asarray(colors[rng.choice(NUM_COLORS, count, replace=False, p=[0.25, 0.25, 0.2, 0.15, 0.15])])
 
 
 def _tint(rng: np.random.Generator, colors: Float32, shape: tuple[int, ...], amount: float) -> Float32:
@@ -430,11 +430,27 @@ def rosette(rng: np.random.Generator, n: int, colors: Float32) -> Float32:
     return mix(colors[3], image, step(np.abs((t * bands) % 1 - 0.5), 0.46, 0.03) * -1 + 1)
 
 
+def lacquer(rng: np.random.Generator, n: int, colors: Float32) -> Float32:
+    """Calm paint with brush strokes, one broad band between pin lines, and a few round badges."""
+    v = grid(n)[1]
+    ground, band, badge = _pick(rng, colors, 3)
+    strokes = 0.12 * fractal(rng, n, 2, 1.2, 12.0) + 0.1 * np.sin(2 * np.pi * v + rng.uniform(0, 6))
+    image = mix(ground * 0.8, ground * 1.1, 0.5 + strokes)
+    middle = np.abs((v + rng.random()) % 1 - 0.5)
+    width = rng.uniform(0.06, 0.16)
+    image = mix(image, badge, step(-np.abs(middle - width - 0.04), -0.012, 0.004))
+    image = mix(band, image, step(middle, width, 0.006))
+    first, _, number = cells(rng, n, 2 * int(rng.integers(1, 3)), 0.5)
+    shown = (rng.random(int(number.max()) + 1) < 0.5)[number]
+    ring = step(first, 0.2, 0.01) - step(first, 0.26, 0.01)
+    return mix(image, badge, (ring + 1 - step(first, 0.12, 0.01)) * shown)
+
+
 TEXTURES: dict[str, Texture] = {
     "stripes": stripes, "plaid": plaid, "checker": checker, "mosaic": mosaic, "hexagons": hexagons,
     "terrazzo": terrazzo, "bricks": bricks, "dots": dots, "wood": wood, "marble": marble, "glyphs": glyphs,
     "panels": panels, "contours": contours, "scales": scales, "camouflage": camouflage, "truchet": truchet,
-    "weave": weave, "rosette": rosette,
+    "weave": weave, "rosette": rosette, "lacquer": lacquer,
 }  # fmt: skip
 
 
@@ -452,4 +468,4 @@ def finish(rng: np.random.Generator, image: Float32, colors: Float32) -> Float32
 def texture(rng: np.random.Generator, kind: str, n: int, colors: Float32) -> NDArray[np.uint8]:
     """Return a finished tileable sRGB image [n, n, 3], 8-bit, of one of TEXTURES in a palette [5, 3]."""
     image = finish(rng, TEXTURES[kind](rng, n, colors), colors)
-    return np.rint(image * 255).astype(np.uint8)
+    return np.asarray(np.rint(image * 255), np.uint8)
