@@ -196,7 +196,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-@ray.remote(max_retries=0, num_returns=2)
+@ray.remote(max_retries=0, num_returns=2)  # type: ignore[untyped-decorator]
 def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) -> tuple[dict[str, Any], Any]:
     """Return (what the driver needs to know, the result itself) of one object."""
     result = produce(spec, fingerprint, asset)
@@ -205,7 +205,7 @@ def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) 
     return {"kind": None, "views": len(result.views)}, result
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
 def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> bool:
     """Write, verify, store and commit one shard; its results come by reference. Returns whether it is ours."""
     with tempfile.TemporaryDirectory(prefix="lrm-shard-") as scratch:

@@ -32,10 +32,11 @@ def thumbnails(
     """Return views of a sample as RGBA thumbnails [cell_px, cell_px, 4], scaled with premultiplied alpha."""
     out = []
     for planes in reader.read_views(row, views).planes:
-        image = decode_rgba(planes["rgba"]).astype(np.float32)
-        image[..., :3] *= image[..., 3:] / 255
+        image = decode_rgba(planes["rgba"])
+        alpha = image[..., 3:].astype(np.float32)
+        premultiplied = np.concatenate([image[..., :3] * (alpha / 255), alpha], axis=2)
         shrink = cv2.INTER_AREA if image.shape[0] >= cell_px else cv2.INTER_LINEAR
-        small = cv2.resize(image, (cell_px, cell_px), interpolation=shrink)
+        small = np.asarray(cv2.resize(premultiplied, (cell_px, cell_px), interpolation=shrink), np.float32)
         small[..., :3] *= 255 / np.maximum(small[..., 3:], 1)
         out.append(np.rint(np.clip(small, 0, 255)).astype(np.uint8))
     return out

@@ -37,7 +37,7 @@ def write_report(reader: VersionReader, out_dir: Path, extra: Sequence[Section] 
         extra: sections that stand behind the dataset's own, such as a training run's.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    sections = [_summary(reader)]
+    sections: list[Section | None] = [_summary(reader)]
     if len(reader):
         sections += [_objects(reader, out_dir), _cameras(reader, out_dir), _quality(reader, out_dir)]
     sections += [_failures(reader), *extra]
