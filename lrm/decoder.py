@@ -6,8 +6,9 @@
     f <- f + SelfAttention(ModLN(f))
     f <- f + MLP(ModLN(f))
 
-for every layer, f [B, 3 g^2, D] being learnable tokens at first; and one deconvolution of stride 2 makes planes [B, 3, C, 2g, 2g] of the tokens. Each of the three norms of a layer has
-its own modulation: with D = 1024 that is 3 x 16 x 2.1 M = 101 M parameters of the decoder's 361 M.
+for every layer, f [B, 3 g^2, D] being learnable tokens at first; and one deconvolution of stride 2 makes planes
+[B, 3, C, 2g, 2g] of the tokens. Each of the three norms of a layer has its own modulation: with D = 1024 that is
+3 x 16 x 2.1 M = 101 M parameters of the decoder's 361 M.
 
 The modulation starts at zero (gamma = beta = 0), as in DiT, so that the decoder begins as one without a camera; the
 paper does not say how it starts. Projections inside attention have no bias, like the public reproductions.

@@ -58,36 +58,31 @@ class ImageEncoder(nn.Module):
 
 def _pretrained(config: EncoderConfig) -> ViTModel:
     try:
-        vit = ViTModel.from_pretrained(config.weights, add_pooling_layer=False)
+        given = ViTModel.from_pretrained(config.weights, add_pooling_layer=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"encoder weights {config.weights!r} are neither a local folder nor to be had from the hub ({reason}); "
             "set model.encoder.weights to a folder, or to '' to start from random weights"
         ) from None
-    found = (
-        vit.config.hidden_size,
-        vit.config.num_hidden_layers,
-        vit.config.num_attention_heads,
-        vit.config.patch_size,
-    )
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    found = tuple(getattr(given.config, name) for name in names)
     wanted = (config.width, config.num_layers, config.num_heads, config.patch_px)
     if found != wanted:
         raise UserError(
             f"encoder weights {config.weights!r} have (width, layers, heads, patch) {found}; the config says {wanted}"
         )
-    _resize_position_embedding(vit, config.image_px)
+    vit = ViTModel(ViTConfig(**(given.config.to_dict() | {"image_size": config.image_px})), add_pooling_layer=False)
+    state, name = given.state_dict(), "embeddings.position_embeddings"
+    state[name] = resize_position_embedding(state[name], config.image_px // config.patch_px)
+    vit.load_state_dict(state)
     log.info("encoder starts from %s, position embedding at %d px", config.weights, config.image_px)
     return vit
 
 
-def _resize_position_embedding(vit: ViTModel, image_px: int) -> None:
-    """Interpolate the position embedding to `image_px` once, so that it is trained at that size from there on."""
-    old = vit.embeddings.position_embeddings.data  # [1, 1 + n^2, D]
-    side, new_side = round((old.shape[1] - 1) ** 0.5), image_px // vit.config.patch_size
-    grid = old[:, 1:].transpose(1, 2).unflatten(-1, (side, side))
-    resized = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    vit.embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1], resized.flatten(2).transpose(1, 2)], 1))
-    size = (image_px, image_px)
-    vit.config.image_size = vit.embeddings.patch_embeddings.image_size = size
-    vit.embeddings.patch_embeddings.num_patches = new_side**2
+def resize_position_embedding(embedding: Tensor, side: int) -> Tensor:
+    """Interpolate [1, 1 + n^2, D], the class token's entry first, to [1, 1 + side^2, D]: once, then it is trained."""
+    old_side = round((embedding.shape[1] - 1) ** 0.5)
+    grid = embedding[:, 1:].transpose(1, 2).unflatten(-1, (old_side, old_side))
+    resized = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([embedding[:, :1], resized.flatten(2).transpose(1, 2)], 1)

@@ -7,8 +7,9 @@ true views, over other views of the same objects.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ from lrm.losses import psnr_db
 from lrm.metrics import read_metrics
 from lrm.model import LRM
 from pipeline.reader import VersionReader
-from pipeline.types import UserError
+from pipeline.types import Float64, UserError
 
 MAX_BASELINE_VIEWS = 64
 GAP_PX = 2
@@ -61,29 +62,34 @@ def _pick_rows(reader: VersionReader, num_objects: int, split: Literal["train", 
 
 
 @torch.no_grad()
-def predict_view(
-    model: LRM, config: RunConfig, reader: VersionReader, row: int, input_view: int, novel_view: int, image_px: int
-) -> tuple[Float32, Float32, Float32]:
-    """Return (input, true novel, predicted novel) pictures [image_px, image_px, 3] in [0, 1], over white."""
-    read = reader.read_views(row, (input_view, novel_view))
-    cameras = [read.header.cameras[view] for view in (input_view, novel_view)]
+def predict_views(
+    model: LRM, config: RunConfig, reader: VersionReader, row: int, views: Sequence[int], image_px: int
+) -> tuple[Float32, list[Float32], list[Float32]]:
+    """Predict the novel views views[1:] of a sample from its view views[0], over white, in [0, 1].
+
+    Returns:
+        the input [image_px, image_px, 3], the true novel views, and the predicted ones.
+    """
+    read = reader.read_views(row, views)
+    cameras = [read.header.cameras[view] for view in views]
     images = [decode_view(planes["rgba"], camera, read.header.key) for planes, camera in zip(read.planes, cameras)]
     poses = normalized_poses(cameras, config.data)
     fields = input_fields(images[0], cameras[0], poses[0], config.model.encoder.image_px)
-    truth = cut_window(images[1], cameras[1].intrinsics, image_px, 0, 0, image_px)
+    novel = zip(images[1:], cameras[1:])
+    truths = [cut_window(image, camera.intrinsics, image_px, 0, 0, image_px) for image, camera in novel]
 
-    def tensor(value: Any) -> Tensor:
+    def tensor(value: Float32 | Float64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(value, np.float32))[None]
 
     planes = model.planes(tensor(fields["input_image"]), tensor(fields["input_camera"]))
-    views = (tensor(poses[1:]), tensor(truth.intrinsics[None]))
-    rendered = model.render(planes, *views, image_px, image_px)
-    predicted: Float32 = rendered.rgb[0, 0].clamp(0, 1).permute(1, 2, 0).numpy()
-    return resize_image(images[0], image_px, image_px), truth.image, predicted
+    intrinsics = np.stack([truth.intrinsics for truth in truths])
+    rendered = model.render(planes, tensor(poses[1:]), tensor(intrinsics), image_px, image_px)
+    predicted = rendered.rgb[0].clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return resize_image(images[0], image_px, image_px), [truth.image for truth in truths], list(predicted)
 
 
 def _mean_view(reader: VersionReader, rows: list[int], image_px: int) -> Float32:
-    """Return the mean of views 1, 2, ... of the rows, all objects alike, [image_px, image_px, 3]."""
+    """Return the mean of the first views of the rows, all objects alike, [image_px, image_px, 3]."""
     each, total, count = max(1, MAX_BASELINE_VIEWS // len(rows)), np.zeros((image_px, image_px, 3), np.float64), 0
     for row in rows:
         views = range(min(each, reader.rows["num_views"][row].as_py()))
@@ -99,55 +105,54 @@ def _psnr(a: Float32, b: Float32) -> float:
     return psnr_db(float(np.mean((a.astype(np.float64) - b) ** 2)))
 
 
-def _save_row(path: Path, tiles: tuple[Float32, ...]) -> Float32:
-    gap = np.full((tiles[0].shape[0], GAP_PX, 3), 0.8, np.float32)
-    strip = np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], 1)
-    _save_rgb(path, strip)
-    return strip
-
-
-def _save_rgb(path: Path, image: Float32) -> None:
-    pixels = cv2.cvtColor(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
-    if not cv2.imwrite(str(path), pixels):
-        raise OSError(f"{path}: OpenCV could not write the picture")
+def _sheet(lines: list[list[Float32]]) -> Float32:
+    """Tile pictures [P, P, 3], a list a line, with grey gaps."""
+    size = lines[0][0].shape[0]
+    sheet = np.full(
+        (len(lines) * (size + GAP_PX) - GAP_PX, len(lines[0]) * (size + GAP_PX) - GAP_PX, 3), 0.8, np.float32
+    )
+    for i, line in enumerate(lines):
+        for j, tile in enumerate(line):
+            top, left = i * (size + GAP_PX), j * (size + GAP_PX)
+            sheet[top : top + size, left : left + size] = tile
+    return sheet
 
 
 def write_predictions(
     checkpoint_dir: str | Path,
-    corpus: str,
-    version: int | None,
-    out_dir: str | Path,
+    reader: VersionReader,
+    png_path: str | Path,
     num_objects: int = 4,
+    num_novel_views: int = 2,
     image_px: int = 96,
     split: Literal["train", "heldout"] = "train",
-) -> dict[str, Any]:
-    """Write rows of (input | true novel view | predicted novel view), and return what they are worth.
+) -> dict[str, float | int | str]:
+    """Write a sheet, a line an object: the input view, then pairs of (true, predicted) views it was not given.
 
-    Writes `prediction-00.png`, one an object, and `predictions.png`, all of them, into out_dir. The input is view 0 of
-    each object, the novel view the middle one.
+    The input is view 0 of each object, the novel views stand evenly among the others.
 
     Returns:
-        step, version, split; psnr_db and baseline_psnr_db: means over the objects; file: the name of the whole sheet;
-        objects: uid, file, input_view, novel_view, psnr_db and baseline_psnr_db of each.
+        step, split, objects; psnr_db and baseline_psnr_db: means over all novel views of the sheet.
 
     Raises:
-        UserError: if there is no checkpoint, or the corpus or the split is not there.
+        UserError: if there is no checkpoint, or no sample in the split.
     """
     model, config, state = load_model(Path(checkpoint_dir))
-    reader, out = VersionReader.open(corpus, version), Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     rows = _pick_rows(reader, num_objects, split)
     baseline = _mean_view(reader, rows, image_px)
-    objects, strips = [], []
-    for i, row in enumerate(rows):
-        novel = reader.rows["num_views"][row].as_py() // 2
-        tiles = predict_view(model, config, reader, row, 0, novel, image_px)
-        name = f"prediction-{i:02d}.png"
-        strips += [_save_row(out / name, tiles), np.full((GAP_PX, 3 * image_px + 2 * GAP_PX, 3), 0.8, np.float32)]
-        entry = {"uid": reader.rows["uid"][row].as_py(), "file": name, "input_view": 0, "novel_view": novel}
-        scores = {"psnr_db": _psnr(tiles[2], tiles[1]), "baseline_psnr_db": _psnr(baseline, tiles[1])}
-        objects.append(entry | scores)
-    _save_rgb(out / "predictions.png", np.concatenate(strips[:-1], 0))
-    means = {name: float(np.mean([entry[name] for entry in objects])) for name in ("psnr_db", "baseline_psnr_db")}
-    about = {"step": state["step"], "version": reader.number, "split": split}
-    return about | means | {"file": "predictions.png", "objects": objects}
+    lines, scores, baseline_scores = [], [], []
+    for row in rows:
+        num_views = reader.rows["num_views"][row].as_py()
+        count = min(num_novel_views, num_views - 1)
+        views = [0, *(1 + (i + 1) * (num_views - 1) // (count + 1) for i in range(count))]
+        given, truths, predicted = predict_views(model, config, reader, row, views, image_px)
+        lines.append([given, *(tile for pair in zip(truths, predicted) for tile in pair)])
+        scores += [_psnr(a, b) for a, b in zip(truths, predicted)]
+        baseline_scores += [_psnr(truth, baseline) for truth in truths]
+    pixels = np.rint(np.clip(_sheet(lines), 0, 1) * 255).astype(np.uint8)
+    path = Path(png_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: OpenCV could not write the picture")
+    means = {"psnr_db": float(np.mean(scores)), "baseline_psnr_db": float(np.mean(baseline_scores))}
+    return {"step": int(state["step"]), "split": split, "objects": len(rows), **means}

@@ -1,0 +1,198 @@
+"""The loop: killed and started again it goes on with the same numbers; it learns; it refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrm.checkpoint import checkpoint_paths, load_model
+from lrm.metrics import append_metrics, read_metrics, rewind_metrics
+from lrm.optim import build_optimizer, learning_rate
+from lrm.train import Trainer, build_model, main, train
+from pipeline.types import UserError
+from tests.lrm.conftest import NANO, build_corpus, nano_config
+
+ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def command(corpus: str, out: Path, *overrides: str) -> list[str]:
+    settings = [part for item in (*NANO, *overrides) for part in ("--set", item)]
+    return ["-m", "lrm.train", "--corpus", corpus, "--config", "tiny", "--out", str(out), *settings]
+
+
+def losses(out: Path) -> list[float]:
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # none twice, none missing
+    return [line["loss"] for line in lines]
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[Any]) -> None:
+    deadline_s = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(out / "metrics.jsonl")):
+        assert process.poll() is None, "training ended early"
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole_run(ball_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of 120 steps without interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    result = train(nano_config("train.steps=120", "train.ema_decay=0.9"), ball_corpus, None, out)
+    assert (result.step, result.steps_now, result.stopped) == (120, 120, False)
+    return losses(out)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(ball_corpus: str, tmp_path: Path, whole_run: list[float]) -> None:
+    overrides = ("train.steps=120", "train.ema_decay=0.9")
+    process = subprocess.Popen(
+        [sys.executable, *command(ball_corpus, tmp_path, *overrides)], env=ENV, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(tmp_path, 17, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = train(nano_config(*overrides), ball_corpus, None, tmp_path)
+    assert result.step == 120
+    assert result.steps_now < 120
+    assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
+
+
+def test_sigterm_saves_and_the_run_goes_on(ball_corpus: str, tmp_path: Path, whole_run: list[float]) -> None:
+    overrides = ("train.steps=120", "train.ema_decay=0.9", "train.checkpoint_every_steps=1000")
+    process = subprocess.Popen(
+        [sys.executable, *command(ball_corpus, tmp_path, *overrides)], env=ENV, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 3
+    done = len(losses(tmp_path))
+    assert 3 <= done < 120
+    assert checkpoint_paths(tmp_path)[0].name == f"step-{done:08d}.pt"
+    assert train(nano_config(*overrides), ball_corpus, None, tmp_path).steps_now == 120 - done
+    assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
+
+
+def test_a_cut_checkpoint_costs_only_the_steps_since_the_one_before(
+    ball_corpus: str, tmp_path: Path, whole_run: list[float]
+) -> None:
+    config = nano_config("train.steps=120", "train.ema_decay=0.9", "train.checkpoint_every_steps=10")
+    train(config, ball_corpus, None, tmp_path)
+    newest = checkpoint_paths(tmp_path)[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train(config, ball_corpus, None, tmp_path).steps_now == 10
+    assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
+
+
+def test_a_finished_run_returns_at_once_and_can_be_extended(
+    ball_corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    train(nano_config("train.steps=2"), ball_corpus, None, tmp_path)
+    again = train(nano_config("train.steps=2"), ball_corpus, None, tmp_path)
+    assert (again.step, again.steps_now, again.loss) == (2, 0, None)
+    assert "all 2 steps are done" in caplog.text
+    more = train(nano_config("train.steps=3"), ball_corpus, None, tmp_path)
+    assert (more.step, more.steps_now) == (3, 1)
+    assert "train.steps 2 -> 3" in caplog.text
+
+
+def test_another_model_or_version_is_refused(ball_corpus: str, tmp_path: Path) -> None:
+    train(nano_config("train.steps=1"), ball_corpus, None, tmp_path / "run")
+    with pytest.raises(UserError, match=r"trained with model.decoder.width = 32, the config says 64"):
+        train(nano_config("model.decoder.width=64"), ball_corpus, None, tmp_path / "run")
+    other = build_corpus(tmp_path / "other", num_objects=3, num_views=4, size_px=16)
+    with pytest.raises(UserError, match="checkpoint is of version"):
+        train(nano_config(), other, None, tmp_path / "run")
+
+
+def test_training_lowers_the_loss(ball_corpus: str, tmp_path: Path) -> None:
+    overrides = ("train.steps=80", "train.lr=3e-3", "train.log_every_steps=20", "train.batch_size=6")
+    train(nano_config(*overrides), ball_corpus, None, tmp_path)
+    logged = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert logged[-1] < 0.7 * logged[0]
+    model, config, state = load_model(tmp_path)
+    assert (state["step"], config.train.steps, model.training) == (80, 80, False)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(ball_corpus: str) -> None:
+    from lrm.data import Loader
+    from lrm.ranks import Ranks
+    from pipeline.reader import VersionReader
+
+    config, reader = nano_config(), VersionReader.open(ball_corpus)
+    with Loader(reader, config.data, image_px=32, batch_size=2) as loader:
+        place = Ranks(rank=0, size=1, device=torch.device("cpu"))
+        trainer = Trainer(config, loader, reader.digest, place, None)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        batch = next(loader)
+        trainer.train_step(batch | {"target_rgb": torch.full_like(batch["target_rgb"], float("nan"))})
+        assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+        assert (trainer.step, trainer.skipped, trainer.window) == (1, 1, [])
+        trainer.train_step(batch)
+        assert (trainer.step, trainer.skipped, len(trainer.window)) == (2, 1, 1)
+
+
+def test_two_processes_learn_what_one_does(ball_corpus: str, tmp_path: Path) -> None:
+    """Without jitter, the same global batch gives the same losses whoever holds its halves."""
+    overrides = ("train.steps=5", "model.volume.jitter=false", "train.batch_size=4")
+    train(nano_config(*overrides), ball_corpus, None, tmp_path / "one")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(ball_corpus, tmp_path / "two", *overrides)],
+            env=ENV | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)},
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+def test_the_users_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(str(tmp_path / "nothing"), tmp_path / "out")[2:]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+
+
+def test_the_schedule_warms_up_and_falls() -> None:
+    config = nano_config("train.steps=100", "train.warmup_steps=10", "train.lr=1.0").train
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    config = nano_config()
+    model = build_model(config, load_weights=True)
+    decayed, kept = build_optimizer(model, config.train).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert {id(p) for p in kept["params"]} >= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_metrics_are_rewound_to_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_metrics(path, {"step": step, "loss": float("nan") if step == 2 else 0.5})
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    rewind_metrics(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5}, {"step": 2, "loss": None},
+    ]  # fmt: skip
