@@ -6,8 +6,9 @@ still makes data worth training on. An object is a recipe's parts (`procedural_r
 the booleans, thickens the wireframes and stores the result, so the object is a pure function of its seed: the same
 vertices and pixels in any process, whatever was built before.
 
-Cost on one core: about 0.5 s an object, most of it textures; 2,000 to 60,000 triangles. The road not taken is shader
-nodes for the textures: they render at any resolution, but do not survive an export to GLB and cannot be digested.
+Cost on one core: about 0.15 s an object (0.5 s at most in 200), most of it textures; 500 to 50,000 triangles, half of
+the objects under 12,000. The road not taken is shader nodes for the textures: they render at any resolution, but do not
+survive an export to GLB and cannot be digested.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ def _finished(part: Part) -> Mesh:
         return _box_mapped(wire) if _is_sound(wire, 0.0) else part.mesh
     mesh = part.mesh
     for cutter in part.cutters:
-        cut = _boolean(mesh, cutter.with_slot(1))
-        mesh = cut if _is_sound(cut, 0.12 * _volume(part.mesh)) else mesh
+        for solver in ("MANIFOLD", "EXACT"):  # the first is 7 times faster, and was right in 225 of 225 cuts
+            cut = _boolean(mesh, cutter.with_slot(1), solver)
+            if _is_sound(cut, 0.12 * _volume(part.mesh)):
+                mesh = cut
+                break
     return mesh
 
 
@@ -83,14 +87,14 @@ def _volume(mesh: Mesh) -> float:
     return float(np.einsum("ij,ij->i", first, np.cross(point, point[following])).sum() / 6)
 
 
-def _boolean(body: Mesh, cutter: Mesh) -> Mesh:
+def _boolean(body: Mesh, cutter: Mesh, solver: str) -> Mesh:
     """Return body minus cutter; the cut faces keep the cutter's slot and texture coordinates."""
     tool_data = _to_blender("cutter", cutter)
     tool = _linked("cutter", tool_data)
 
     def add(obj: Any) -> None:
         modifier = obj.modifiers.new("cut", "BOOLEAN")
-        modifier.operation, modifier.solver, modifier.object = "DIFFERENCE", "EXACT", tool
+        modifier.operation, modifier.solver, modifier.object = "DIFFERENCE", solver, tool
 
     try:
         return _evaluated(body, add)

@@ -170,8 +170,7 @@ def terrain(rng: Rng) -> list[Part]:
 def caged(rng: Rng) -> list[Part]:
     """A solid inside a wireframe cage on a base, or hung in it by an axle."""
     kind = int(rng.integers(4))
-    width = 1.35 if kind == 3 else 1.0  # a ring cage rests on the core
-    core = some_solid(rng).fitted(width, width, 1.0).moved(z=-0.5)
+    core = some_solid(rng).fitted(1.0, 1.0, 1.0).moved(z=-0.5)
     if kind == 0:
         frame = blob(lambda d: np.full(len(d), 0.95), int(rng.integers(2, 5)))
     elif kind == 1:
@@ -182,12 +181,16 @@ def caged(rng: Rng) -> list[Part]:
         frame = torus(0.78, 0.24, int(rng.integers(8, 16)), int(rng.integers(4, 7)))
     parts = [Part(core, MAIN), Part(frame, SECOND, wire=rng.uniform(0.05, 0.11))]
     low, high = frame.bounds[:, 2]
-    # The pole carries the core, and the frame where it has a pole of its own.
+    # The pole carries the core, the pedestal most frames; what lies round the core hangs on a bar.
     low, high = min(low, -0.6), max(high, 0.5)
-    parts.append(Part(cylinder(0.07, high - low + 0.2).moved(z=low - 0.1), TRIM))
-    pedestal = prism(some_outline(rng) * 0.75, 0.25, 0.05).moved(z=min(low, -0.5) - 0.2)
-    parts.append(Part(pedestal, ACCENT))
-    if rng.random() < 0.5:
+    pole = cylinder(0.07, high - low + 0.2).moved(z=low - 0.1)
+    bar = cylinder(0.06, 1.6).moved(z=-0.8).turned("x", np.pi / 2)
+    ringed = rng.random() < 0.5
+    parts.append(Part(join([pole, bar]) if ringed or kind == 3 else pole, TRIM))
+    foot = np.linalg.norm(frame.vertices[frame.vertices[:, 2] < low + 0.1, :2], axis=1)
+    width = max(0.7, 1.1 * float(foot.max(initial=0.0)))
+    parts.append(Part(prism(some_outline(rng) * width, 0.25, 0.05).moved(z=low - 0.17), ACCENT))
+    if ringed:
         parts.append(Part(torus(0.72, 0.07), ACCENT))
     return parts
 
@@ -204,18 +207,18 @@ def carved(rng: Rng) -> list[Part]:
     else:
         body = lathe(some_profile(rng, 0.6)).fitted(1.5, 1.5, 1.6).moved(z=-0.8)
     cutters = []
-    for axis in rng.permutation(["x", "y", "z"])[: int(rng.integers(1, 4))]:
-        drill = prism(some_outline(rng) * rng.uniform(0.22, 0.42), 3).moved(z=-1.5).turned("z", rng.uniform(0, TAU))
+    for axis in ("y", *rng.permutation(["x", "z"])[: int(rng.integers(0, 3))]):
+        drill = prism(some_outline(rng) * rng.uniform(0.25, 0.45), 3).moved(z=-1.5).turned("z", rng.uniform(0, TAU))
         cutters.append(drill if axis == "z" else drill.turned("x" if axis == "y" else "y", np.pi / 2))
-    for _ in range(int(rng.integers(0, 4))):
-        direction = rng.normal(size=3)
-        direction /= np.linalg.norm(direction)
+    for _ in range(int(rng.integers(1, 5))):
+        place = body.vertices[int(rng.integers(len(body.vertices)))] * rng.uniform(0.8, 1.0)
         bite = sphere(rng.uniform(0.25, 0.5), 14) if rng.random() < 0.6 else box(0.6, 0.6, 0.6, 0.02).moved(z=-0.3)
-        cutters.append(bite.turned("x", rng.uniform(0, TAU)).moved(*(direction * rng.uniform(0.8, 1.05))))
+        cutters.append(bite.turned("x", rng.uniform(0, TAU)).shifted(place))
     parts = [Part(body, MAIN, cutters=tuple(cutters), cut_material=int(rng.choice([SECOND, ACCENT])))]
+    low = body.bounds[0, 2]
     if rng.random() < 0.6:
-        parts.append(Part(some_solid(rng).fitted(0.75, 0.75, 1.2).moved(z=-0.7), ACCENT))
-    parts.append(Part(prism(some_outline(rng) * 0.8, 0.22, 0.05).moved(z=body.bounds[0, 2] - 0.16), SECOND))
+        parts.append(Part(some_solid(rng).fitted(0.7, 0.7, 1.2).moved(z=low - 0.05), ACCENT))
+    parts.append(Part(prism(some_outline(rng) * 0.8, 0.22, 0.05).moved(z=low - 0.16), SECOND))
     return parts
 
 
@@ -372,7 +375,7 @@ def radial(rng: Rng) -> list[Part]:
         blade = box(0.85, rng.uniform(0.2, 0.5), 0.07, 0.02).moved(x=0.55).turned("x", rng.uniform(0.3, 1.0))
     elif kind == 1:  # petals
         blade = (
-            superquadric(2, 2)
+            superquadric(2, 2, 12)
             .scaled(0.45, rng.uniform(0.12, 0.3), 0.07)
             .moved(x=0.55)
             .turned("y", rng.uniform(-0.9, 0.3))
