@@ -250,7 +250,7 @@ def tower(rng: Rng) -> list[Part]:
 
 
 def creature(rng: Rng) -> list[Part]:
-    """A mirrored animal or robot: body, head, legs, eyes, and horns, wings, tail or back plates."""
+    """A mirrored animal or robot: body, head, legs, eyes, and at times horns, a tail or back plates."""
     length, width, leg = rng.uniform(0.9, 1.5), rng.uniform(0.5, 0.85), rng.uniform(0.25, 0.7)
     body = superquadric(rng.uniform(1.8, 5), rng.uniform(1.8, 5)) if rng.random() < 0.6 else some_rock(rng)
     body = body.fitted(width, length, width * rng.uniform(0.8, 1.1)).moved(z=leg)
