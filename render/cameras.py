@@ -34,7 +34,8 @@ def flip_camera_axes(world_from_camera: Float64) -> Float64:
 
     OpenGL cameras have x right, y up and look along -z; the conversion is its own inverse.
     """
-    return np.asarray(world_from_camera, np.float64) @ _FLIP_YZ
+    flipped: Float64 = np.asarray(world_from_camera, np.float64) @ _FLIP_YZ
+    return flipped
 
 
 def look_at(centre: Float64) -> Float64:

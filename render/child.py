@@ -32,8 +32,8 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MAX_FILE_BYTES = 2 * 2**30
 
-# Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; data and not address space,
-# since Blender reserves far more addresses than it touches.
+# Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
+# space, since Blender reserves far more addresses than it touches.
 _DATA_FACTOR, _DATA_SLACK_BYTES = 1.5, 2**30
 
 
@@ -102,14 +102,14 @@ def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
             "lights": lights,
         },
     )
-    renderer = engine.Engine(spec, num_threads)
+    renderer = engine.Engine(spec, num_threads, transparent=prepared.quality["transparent"])
     seconds = []
     try:
         for index, camera in enumerate(cameras_for(spec, request["seed"])):
             before = time.perf_counter()
             pixels = renderer.render(camera, engine.view_seed(request["seed"], index))
             seconds.append(time.perf_counter() - before)
-            wire.send(fd, {"type": "view", "index": index}, memoryview(pixels).cast("B"))
+            wire.send(fd, {"type": "view", "index": index}, pixels.data.cast("B"))
     finally:
         renderer.close()
     stages = {
@@ -140,8 +140,8 @@ def _limit(memory_bytes: int) -> None:
         (resource.RLIMIT_DATA, int(memory_bytes * _DATA_FACTOR) + _DATA_SLACK_BYTES),
     ):
         _, hard = resource.getrlimit(name)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (allowed, allowed))
 
 
 def _leave_network() -> str:

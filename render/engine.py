@@ -27,6 +27,9 @@ from render.cameras import flip_camera_axes
 NOISE_THRESHOLD = 0.02
 """Adaptive sampling stops a pixel at this relative error; measured with `samples` as the upper bound."""
 
+TRANSPARENT_FACTOR = 4
+"""How many times the samples a scene with see-through surfaces may take: alpha is not denoised, and stays grainy."""
+
 
 class Engine:
     """Renders the current scene. One an asset: make it after the scene and its lights are in place.
@@ -35,7 +38,7 @@ class Engine:
         readback_s: seconds spent so far in taking pixels out of Blender.
     """
 
-    def __init__(self, spec: RenderSpec, num_threads: int) -> None:
+    def __init__(self, spec: RenderSpec, num_threads: int, *, transparent: bool) -> None:
         self._spec = spec
         self._scene = bpy.context.scene
         data = bpy.data.cameras.new("lrm camera")
@@ -43,7 +46,7 @@ class Engine:
         self._scene.collection.objects.link(self._camera)
         self._scene.camera = self._camera
         _set_output(self._scene, spec.resolution_px, num_threads)
-        _set_cycles(self._scene, spec)
+        _set_cycles(self._scene, spec, spec.samples * (TRANSPARENT_FACTOR if transparent else 1))
         self._memory = os.memfd_create("lrm-frame")
         self.readback_s = 0.0
 
@@ -120,10 +123,10 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     view.use_curve_mapping = False
 
 
-def _set_cycles(scene: Any, spec: RenderSpec) -> None:
+def _set_cycles(scene: Any, spec: RenderSpec, samples: int) -> None:
     cycles = scene.cycles
     cycles.device = "CPU"
-    cycles.samples = spec.samples
+    cycles.samples = samples
     cycles.use_adaptive_sampling = True
     cycles.adaptive_threshold = NOISE_THRESHOLD
     cycles.adaptive_min_samples = min(8, spec.samples)

@@ -37,9 +37,10 @@ class Triangles:
     def from_mesh(cls, vertices: Float64, triangles: NDArray[np.int32], matrix: Float64) -> Triangles:
         """Take vertices [V, 3] in local units, vertex indexes [T, 3] and world_from_local [4, 4]."""
         world = vertices @ matrix[:3, :3].T + matrix[:3, 3]
-        corners = world[triangles]
-        normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        return cls(corners.min(axis=1), corners.max(axis=1), np.linalg.norm(normals, axis=1) / 2)
+        a, b, c = (world[triangles[:, i]] for i in range(3))
+        # Pairwise minima are several times faster than a reduction over an axis of three.
+        low, high = np.minimum(np.minimum(a, b), c), np.maximum(np.maximum(a, b), c)
+        return cls(low, high, np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2)
 
     @classmethod
     def concatenate(cls, parts: list[Triangles]) -> Triangles:

@@ -6,10 +6,10 @@ COLLADA file of which nothing came in. What came in is checked by `render.scene`
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bpy
 
@@ -17,7 +17,6 @@ from pipeline.types import AssetError, FailureKind
 from render.gltf import default_scene_only
 
 _MAX_CAUSE_CHARS = 300
-_OPAQUE_CAUSE = re.compile(r"couldn't parse gltf", re.IGNORECASE)
 
 
 def import_asset(path: Path, format_name: str, scratch_dir: Path) -> None:
@@ -38,11 +37,6 @@ def import_asset(path: Path, format_name: str, scratch_dir: Path) -> None:
         raise AssetError(FailureKind.IMPORT_ERROR, f"{format_name}: the importer returned {sorted(result)}")
 
 
-def is_opaque_cause(message: str) -> bool:
-    """Whether an importer's message hides the cause, which then stands only in what it printed."""
-    return bool(_OPAQUE_CAUSE.search(message))
-
-
 def _cause(text: str) -> str:
     """Return the last line of an operator's error that says something: of a traceback, the exception."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Location:")]
@@ -58,7 +52,7 @@ def _operator(name: str) -> Callable[..., Any] | None:
         operator.get_rna_type()
     except KeyError:
         return None
-    return operator  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], operator)
 
 
 def _call(names: tuple[str, ...], **settings: Any) -> Callable[[Path, Path], Any]:
@@ -66,9 +60,9 @@ def _call(names: tuple[str, ...], **settings: Any) -> Callable[[Path, Path], Any
 
     def run(path: Path, _scratch_dir: Path) -> Any:
         for name in names:
-            operator = _operator(name)
+            operator: Any = _operator(name)
             if operator is not None:
-                known = {prop.identifier for prop in operator.get_rna_type().properties}  # type: ignore[attr-defined]
+                known = {prop.identifier for prop in operator.get_rna_type().properties}
                 return operator(filepath=str(path), **{k: v for k, v in settings.items() if k in known})
         found = f"Blender {bpy.app.version_string} has none of the operators {', '.join(names)}"
         raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{path.suffix} files: {found}")
@@ -82,10 +76,15 @@ _gltf_operator = _call(
     disable_bone_shape=True,
     import_shading="NORMALS",
     import_pack_images=True,
+    # Guessing a bind pose tears skins whose inverse bind matrices carry a scale (many of Sketchfab's conversions);
+    # the posed shape needs no guess.
+    guess_original_bind_pose=False,
 )
 
 
 def _gltf(path: Path, scratch_dir: Path) -> Any:
+    # The add-on adds a handler at every import and never removes one: the tenth asset's lines would come ten times.
+    logging.getLogger("glTFImporter").handlers.clear()
     return _gltf_operator(default_scene_only(path, scratch_dir), scratch_dir)
 
 

@@ -2,9 +2,9 @@
 
 Radiances are in units of a white diffuse surface: under a uniform environment of strength 1 such a surface has
 radiance 1. A sun of irradiance E on a surface that faces it adds E / pi, and a quarter of that on average over a
-sphere. `studio` therefore draws environment + (key + fill) / 4 near 0.9, so that an 18 % grey ball lands mid-scale
-(sRGB 105 to 125 of 255), while a white surface square to the key stays near 1.3. A uniform environment alone
-(`ambient`) leaves a white object on white without an edge.
+sphere. `studio` therefore draws environment + (key + fill) / 4 near 0.75, so that an 18 % grey ball lands mid-scale
+(sRGB near 103 of 255), while a white surface square to the key stays near 1.1, and hardly clips: untextured white is
+the most frequent material of all. A uniform environment alone (`ambient`) leaves a white object without an edge.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def studio(seed: int) -> dict[str, Any]:
     """Draw the record of a studio: environment, key from above at any azimuth, softer fill from another side."""
     rng = np.random.default_rng(derive_seed("lights", seed))
     azimuth = rng.uniform(0, 2 * math.pi)
-    environment = rng.uniform(0.58, 0.70)
-    key = _sun("key", azimuth, rng.uniform(30, 60), rng.uniform(0.55, 0.80), angle_deg=6.0)
+    environment = rng.uniform(0.50, 0.58)
+    key = _sun("key", azimuth, rng.uniform(30, 60), rng.uniform(0.50, 0.65), angle_deg=6.0)
     opposite = azimuth + math.pi + rng.uniform(-0.9, 0.9)
-    fill = _sun("fill", opposite, rng.uniform(15, 45), rng.uniform(0.15, 0.30), angle_deg=25.0)
+    fill = _sun("fill", opposite, rng.uniform(15, 45), rng.uniform(0.12, 0.22), angle_deg=25.0)
     return {"recipe": "studio", "environment": round(float(environment), 6), "suns": [key, fill]}
 
 

@@ -82,6 +82,20 @@ def is_untextured(meshes: Iterable[Any]) -> bool:
     return True
 
 
+def is_transparent(materials: Iterable[Any]) -> bool:
+    """Whether light may pass a surface: its alpha is sampled, never denoised, and so needs more samples."""
+    return any(_passes_light(node) for material in materials for node in reachable_nodes(material))
+
+
+def _passes_light(node: Any) -> bool:
+    if node.type in ("BSDF_TRANSPARENT", "BSDF_GLASS", "BSDF_REFRACTION", "HOLDOUT"):
+        return True
+    if node.type != "BSDF_PRINCIPLED":
+        return False
+    alpha, transmission = node.inputs["Alpha"], node.inputs["Transmission Weight"]
+    return bool(alpha.is_linked or alpha.default_value < 1 or transmission.is_linked or transmission.default_value > 0)
+
+
 def _says_nothing(material: Any) -> bool:
     nodes = list(reachable_nodes(material))
     if any(node.type in ("TEX_IMAGE", "VERTEX_COLOR", "ATTRIBUTE", "GROUP", "EMISSION") for node in nodes):

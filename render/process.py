@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class LogRing:
         self._thread.start()
 
     def _drain(self) -> None:
-        with open(self._fd, "rb", buffering=0) as pipe:
+        with os.fdopen(self._fd, "rb", buffering=0) as pipe:
             while piece := pipe.read(2**16):
                 with self._lock:
                     self._data += piece
@@ -225,29 +225,31 @@ def default_command() -> list[str]:
 def family(pid: int) -> set[int]:
     """Return the living processes that descend from `pid` or are in its session, itself included, zombies not."""
     rows = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 # The command's name may hold spaces and brackets; fields start after the last bracket.
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] not in ("Z", "X"):
-                    rows[int(entry)] = (int(fields[1]), int(fields[3]))
+                    rows[int(entry.name)] = (int(fields[1]), int(fields[3]))
     found = {one for one, (_, session) in rows.items() if session == pid} | ({pid} & rows.keys())
-    grown: Callable[[], set[int]] = lambda: {one for one, (parent, _) in rows.items() if parent in found | {pid}}  # noqa: E731
-    while not grown() <= found:
-        found |= grown()
-    return found
+    while True:
+        grown = {one for one, (parent, _) in rows.items() if parent in found or parent == pid} - found
+        if not grown:
+            return found
+        found |= grown
 
 
 def _descendants_by_kernel(pid: int) -> list[int]:
     """Return `pid` and its descendants from the kernel's lists of children: no walk over all of /proc."""
-    found, waiting = [], [pid]
+    found: list[int] = []
+    waiting = [pid]
     while waiting and len(found) < 1000:
         one = waiting.pop()
         found.append(one)
         with contextlib.suppress(OSError, ValueError):
-            for task in os.listdir(f"/proc/{one}/task"):
-                waiting.extend(int(child) for child in Path(f"/proc/{one}/task/{task}/children").read_text().split())
+            for task in Path(f"/proc/{one}/task").iterdir():
+                waiting.extend(int(child) for child in (task / "children").read_text().split())
     return found
 
 

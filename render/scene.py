@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.types import AssetError, FailureKind, Float64, Normalization
 from render.geometry import BoolArray, Triangles, bounds, find_strays
 from render.importers import import_asset
-from render.materials import check_images, complete_materials, is_untextured, used_images
+from render.materials import check_images, complete_materials, is_transparent, is_untextured, used_images
 
 FRAME = 1
 """The frame whose pose is rendered: the first of the action that the importer left assigned."""
@@ -108,6 +108,7 @@ def prepare(*, max_triangles: int, expected_triangles: int | None, min_triangle_
     centre = (low + high) / 2
     parts = _drop_strays(parts, stray)
     meshes = _unique_meshes(parts)
+    _check_normals(meshes)
     for mesh in meshes:
         complete_materials(mesh)
     materials = {m.name: m for mesh in meshes for m in mesh.materials}
@@ -122,6 +123,7 @@ def prepare(*, max_triangles: int, expected_triangles: int | None, min_triangle_
         "num_materials": len(materials),
         "num_images": len(images),
         "untextured": is_untextured(meshes),
+        "transparent": is_transparent(materials.values()),
         "frame": FRAME,
         "stray": {
             "num_triangles": int(stray.sum()),
@@ -172,9 +174,8 @@ def _collect(limits: _Limits) -> list[Part]:
         if obj.type not in _SURFACE_TYPES or not instance.show_self or not obj.visible_camera:
             continue
         # The data's address tells evaluated meshes apart; materials may also hang on the object's slots.
-        key = (obj.data.as_pointer(), tuple(slot.material and slot.material.name for slot in obj.material_slots))
-        if obj.type == "META":
-            key = (*key, obj.name)
+        names = tuple(slot.material and slot.material.name for slot in obj.material_slots)
+        key = (obj.data.as_pointer(), names, obj.name if obj.type == "META" else "")
         if key not in frozen:
             frozen[key] = _freeze(obj, depsgraph)
         still = frozen[key]
@@ -241,6 +242,23 @@ def _measure(parts: list[Part], limits: _Limits) -> tuple[Triangles, BoolArray, 
     return triangles, stray, low, high
 
 
+def _check_normals(meshes: list[Any]) -> None:
+    """Refuse a scene most of whose corners have no normal: it would be shaded black.
+
+    Seen with positions that were infinite in the file: the importer flattens them to 0 without a word.
+    """
+    num_corners = num_broken = 0
+    for mesh in meshes:
+        normals = np.empty((len(mesh.loops), 3), np.float32)
+        mesh.corner_normals.foreach_get("vector", normals.reshape(-1))
+        num_corners += len(normals)
+        num_broken += int((~(np.einsum("ij,ij->i", normals, normals) > 0.25)).sum())
+    if num_broken > num_corners / 2:
+        raise AssetError(
+            FailureKind.DEGENERATE_GEOMETRY, f"{num_broken} of {num_corners} corners of faces have no normal"
+        )
+
+
 def _is_far(low: Float64, high: Float64) -> bool:
     return float(np.abs(low + high).max() / 2) > FAR_RATIO * float((high - low).max())
 
@@ -293,7 +311,7 @@ def _drop_strays(parts: list[Part], stray: BoolArray) -> list[Part]:
 
 
 def _without_polygons(mesh: Any, polygons: NDArray[np.int32]) -> Any:
-    import bmesh
+    import bmesh  # type: ignore[import-not-found]  # exists after bpy only
 
     copy = mesh.copy()
     edit = bmesh.new()
@@ -384,6 +402,9 @@ def _check_placed() -> None:
 
 
 def _used_vertices(mesh: Any) -> Float64:
+    """Return the vertices [U, 3] that faces use: loose ones are not rendered and do not count."""
     index = np.empty(len(mesh.loops), np.int32)
     mesh.loops.foreach_get("vertex_index", index)
-    return _vertices(mesh)[index]
+    used = np.zeros(len(mesh.vertices), bool)
+    used[index] = True
+    return _vertices(mesh)[used]

@@ -54,7 +54,7 @@ _RECYCLE_MEMORY_SHARE = 0.5
 
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 _OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
-_EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b.*$", re.MULTILINE)
+_EXCEPTION_LINE = re.compile(r"^[\w.]+(?:Error|Exception)\b.*$", re.MULTILINE)
 _PROCEDURAL = re.compile(r"^procedural:(\d+)$")
 
 
@@ -187,7 +187,7 @@ class RenderWorker:
                 memory_bytes=limits.memory_bytes,
                 starter=self._starter,
             )
-            header, _ = self._receive(self._child, time.monotonic() + START_DEADLINE_S, "to start Blender")
+            header, _ = self._receive(self._child, time.monotonic() + START_DEADLINE_S, f"{START_DEADLINE_S:g} s to start")
             if header["type"] != "ready":
                 self._fail(FailureKind.RENDER_CRASH, f"the child said {header['type']!r} before it was ready")
             self._ready = header
@@ -196,8 +196,9 @@ class RenderWorker:
     def _converse(self, child: ChildProcess, job: _Job) -> None:
         """Take replies until the child is done with the asset: one scene, then each view in order, then done."""
         child.num_objects += 1
+        what = f"{self._spec.limits.deadline_s:g} s (limits.deadline_s) to render {job.asset.uid}"
         while True:
-            header, payload = self._receive(child, job.deadline, f"to render {job.asset.uid}")
+            header, payload = self._receive(child, job.deadline, what)
             kind = header["type"]
             if kind == "error":
                 self._raise_reported(child, header)
@@ -258,11 +259,10 @@ class RenderWorker:
     def _check_limits(self, child: ChildProcess, now: float, deadline: float, what: str) -> None:
         limits = self._spec.limits
         if now >= deadline:
-            allowed = START_DEADLINE_S if what == "to start Blender" else limits.deadline_s
-            self._fail(FailureKind.RENDER_TIMEOUT, f"Blender took longer than {allowed:g} s {what} (limits.deadline_s)")
+            self._fail(FailureKind.RENDER_TIMEOUT, f"Blender took longer than {what}")
         resident = child.memory_bytes()
         if resident > limits.memory_bytes:
-            found = f"Blender held {resident / 2**20:.0f} MiB {what}"
+            found = f"Blender held {resident / 2**20:.0f} MiB"
             allowed_mib = limits.memory_bytes / 2**20
             self._fail(FailureKind.OUT_OF_MEMORY, f"{found}; {allowed_mib:.0f} MiB are allowed (limits.memory_bytes)")
 

@@ -1,0 +1,53 @@
+"""Fixtures of the rendering tests: small specs, workers, and the shared assets where they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.spec import DatasetSpec
+from pipeline.types import Asset, Sample
+from render.worker import RenderWorker
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
+
+Render = Callable[..., Sample]
+
+
+def make_spec(**sections: dict[str, Any]) -> DatasetSpec:
+    """Return a small spec; each keyword is a section whose keys override the defaults of these tests."""
+    render = {"num_views": 2, "resolution_px": 32, "samples": 1, "denoise": False} | sections.pop("render", {})
+    return DatasetSpec.model_validate(
+        {"name": "test", "source": {"kind": "procedural"}, "render": render, **sections}
+    )
+
+
+def asset_of(path: Path, uid: str | None = None) -> Asset:
+    return Asset(uid=uid or path.name, source="test", uri=str(path), format=path.suffix[1:].lower())
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"shared assets are not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RenderWorker]:
+    """One Blender for a module: tests of what is imported need no fresh one."""
+    with RenderWorker(
+        make_spec(), fingerprint="f" * 64, num_threads=2, scratch_dir=tmp_path_factory.mktemp("scratch")
+    ) as one:
+        yield one
+
+
+@pytest.fixture
+def render(worker: RenderWorker) -> Render:
+    def run(path: Path, **options: Any) -> Sample:
+        return worker.render(asset_of(path), path, **options)
+
+    return run
