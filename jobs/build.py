@@ -178,6 +178,8 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
             f"Ray at {address or 'this machine'} cannot be reached: {text}; check RAY_ADDRESS, and that "
             "RAY_AUTH_MODE=token is set with the cluster's token where it asks for one"
         ) from None
+    # Leaving ends every task of ours: shutdown stops a local cluster, and a joined one kills the workers of a driver
+    # that has gone. ray.cancel(force=True) would only race with replies: Ray 2.60 aborts the driver when it loses.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         cpus = ray.cluster_resources().get("CPU", 0.0)
@@ -232,23 +234,18 @@ class _Driver:
     def run(self, todo: Sequence[ShardPlan]) -> None:
         """Make every shard of `todo`, lowest index first."""
         upcoming = list(reversed(todo))
-        try:
-            while upcoming or self.open:
-                while upcoming and len(self.open) < self.spec.workers.open_shards:
-                    plan = upcoming.pop()
-                    self.open[plan.index] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
-                self._submit()
-                done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
-                for reference in done:
-                    if reference in self.making:
-                        self._made(reference)
-                    else:
-                        self._assembled(reference)
-                self.bar.set_postfix_str(self._postfix(), refresh=not done)
-        except BaseException:
-            for reference in [*self.making, *self.assembling]:
-                ray.cancel(reference, force=True)
-            raise
+        while upcoming or self.open:
+            while upcoming and len(self.open) < self.spec.workers.open_shards:
+                plan = upcoming.pop()
+                self.open[plan.index] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
+            self._submit()
+            done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
+            for reference in done:
+                if reference in self.making:
+                    self._made(reference)
+                else:
+                    self._assembled(reference)
+            self.bar.set_postfix_str(self._postfix(), refresh=not done)
 
     def _submit(self) -> None:
         for index in sorted(self.open):

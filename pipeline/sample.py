@@ -80,10 +80,30 @@ def encode_rgba(rgba: NDArray[np.uint8], codec: str) -> Plane:
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
         raise ValueError(f"rgba has shape {rgba.shape}, {rgba.dtype}; [H, W, 4] uint8 is required")
     ending, flags = _ENCODERS[codec]
-    ok, data = cv2.imencode(ending, cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA), flags)
+    bgra = cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
+    opaque = codec != "png" and bool((rgba[..., 3] == 255).all())
+    if opaque and codec != "webp":
+        bgra[0, 0, 3] = (
+            254  # lossy WebP stores no alpha at all for an opaque picture, and would decode to three channels
+        )
+    ok, data = cv2.imencode(ending, bgra, flags)
     if not ok:
         raise SampleError(f"OpenCV could not encode an image of {rgba.shape[1]} x {rgba.shape[0]} px as {codec}")
-    return Plane(codec="png" if codec == "png" else "webp", data=data.tobytes())
+    encoded = data.tobytes()
+    if opaque and codec == "webp":
+        encoded = _declare_alpha(encoded)
+    return Plane(codec="png" if codec == "png" else "webp", data=encoded)
+
+
+def _declare_alpha(data: bytes) -> bytes:
+    """Set alpha_is_used in a lossless WebP, so that an opaque picture decodes to four channels like any other.
+
+    The bit is a hint by the format's specification and no pixel depends on it. Layout: RIFF header (12 bytes), "VP8L"
+    and its size (8), 0x2f, then 14 bits of width - 1, 14 of height - 1, the hint, 3 of version.
+    """
+    if data[:4] != b"RIFF" or data[12:16] != b"VP8L" or data[20] != 0x2F:
+        raise SampleError("OpenCV made a lossless WebP of an unknown layout; use the pinned version of constraints.txt")
+    return data[:24] + bytes([data[24] | 0x10]) + data[25:]
 
 
 def decode_rgba(data: bytes) -> NDArray[np.uint8]:
@@ -93,10 +113,9 @@ def decode_rgba(data: bytes) -> NDArray[np.uint8]:
         SampleError: if the bytes are not an 8-bit image with four channels.
     """
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if image is None or image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
+    if image is None or image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
         raise SampleError(f"rgba plane of {len(data)} bytes does not decode to an 8-bit RGBA image")
-    code = cv2.COLOR_BGRA2RGBA if image.shape[2] == 4 else cv2.COLOR_BGR2RGBA  # WebP drops an alpha that is full
-    return np.asarray(cv2.cvtColor(image, code), np.uint8)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA), np.uint8)
 
 
 def sample_metadata(sample: Sample) -> dict[str, Any]:
