@@ -94,7 +94,7 @@ def _cameras(reader: VersionReader, out_dir: Path) -> Section:
 
 def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
     records = [quality_of(row) for row in reader.rows.select(["quality"]).to_pylist()]
-    coverage = [float(value) for record in records for value in record.get("alpha_coverage", ())]
+    coverage = [float(value) for record in records for value in record.get("views", {}).get("alpha_coverage", ())]
     triangles = [float(np.log10(max(1, record["num_triangles"]))) for record in records if "num_triangles" in record]
     images = []
     if coverage:
