@@ -33,6 +33,7 @@ FAR_RATIO = 16.0
 """Beyond this many extents from the origin an object is moved near it before its matrices, float32, are read."""
 
 _BOUNDS_TOLERANCE = 1e-3
+_EXTENTS = (1e-18, 1e18)  # beyond, products of Blender's float32 overflow or vanish
 _SURFACE_TYPES = frozenset({"MESH", "CURVE", "SURFACE", "FONT", "META", "CURVES"})
 
 
@@ -173,9 +174,11 @@ def _collect(limits: _Limits) -> list[Part]:
         obj = instance.object
         if obj.type not in _SURFACE_TYPES or not instance.show_self or not obj.visible_camera:
             continue
+        if obj.type == "META" and not _shows_family(obj):
+            continue
         # The data's address tells evaluated meshes apart; materials may also hang on the object's slots.
         names = tuple(slot.material and slot.material.name for slot in obj.material_slots)
-        key = (obj.data.as_pointer(), names, obj.name if obj.type == "META" else "")
+        key = (obj.data.as_pointer(), names)
         if key not in frozen:
             frozen[key] = _freeze(obj, depsgraph)
         still = frozen[key]
@@ -186,6 +189,12 @@ def _collect(limits: _Limits) -> list[Part]:
         matrix = np.array(instance.matrix_world, np.float64)
         parts.append(Part(mesh, matrix, Triangles.from_mesh(vertices, triangles, matrix), polygons))
     return parts
+
+
+def _shows_family(obj: Any) -> bool:
+    """Whether a metaball is the one that holds the surface of its family, which is told by names: Ball, Ball.001."""
+    base, dot, number = obj.name.rpartition(".")
+    return not (dot and number.isdigit() and base in bpy.context.scene.objects)
 
 
 def _freeze(obj: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
@@ -234,7 +243,7 @@ def _measure(parts: list[Part], limits: _Limits) -> tuple[Triangles, BoolArray, 
     stray = find_strays(triangles)
     low, high = bounds(triangles, ~stray)
     extent = float((high - low).max())
-    if not (np.isfinite(extent) and extent > 0 and triangles.area.sum() > 0):
+    if not (_EXTENTS[0] < extent < _EXTENTS[1] and triangles.area.sum() > 0):
         raise AssetError(
             FailureKind.DEGENERATE_GEOMETRY,
             f"{len(triangles)} triangles span {extent:g} units with an area of {triangles.area.sum():g}",

@@ -1,0 +1,89 @@
+"""A stand-in for render.child that misbehaves as the name of the asset's file says; never imports Blender."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from render import wire
+from render.child import _die_with
+
+parser = argparse.ArgumentParser()
+for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
+    parser.add_argument(name, type=int)
+args = parser.parse_args()
+_die_with(args.parent_pid)
+
+SCENE: dict[str, Any] = {
+    "type": "scene",
+    "normalization": {"scale": 1.0, "rotation": np.eye(3).tolist(), "translation": [0, 0, 0]},
+    "quality": {"pid": os.getpid(), "environment": dict(os.environ), "cwd": str(Path.cwd())},
+    "lights": {},
+}
+
+
+def view(index: int, size: int, value: float = 0.5) -> None:
+    pixels = np.full((size, size, 4), value, np.float32)
+    wire.send(args.result_fd, {"type": "view", "index": index}, pixels.data.cast("B"))
+
+
+def behave(mode: str, request: dict[str, Any]) -> None:  # noqa: PLR0915
+    size, count = request["render"]["resolution_px"], request["render"]["num_views"]
+    out = args.result_fd
+    if mode == "crash":
+        sys.stderr.write("about to crash\n")
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif mode == "hang":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    elif mode == "bomb":
+        hoard = []
+        while True:
+            hoard.append(np.ones(2**23))
+            time.sleep(0.01)
+    elif mode == "alloc":
+        sys.stderr.write("terminate called after throwing an instance of 'std::bad_alloc'\n")
+        os.abort()
+    elif mode == "memoryerror":
+        wire.send(out, {"type": "error", "kind": "out_of_memory", "message": "Python could not get memory"})
+        return
+    elif mode == "spam":
+        line = b"x" * 2**20
+        for _ in range(1024):
+            os.write(2, line)
+        os.write(2, b"\nlast words\n")
+        wire.send(out, {"type": "error", "kind": "import_error", "message": "after much ado"})
+        return
+    elif mode == "garbage":
+        os.write(out, b"Traceback (most recent call last): I am not a reply at all")
+    elif mode == "header":
+        os.write(out, wire.PREFIX.pack(b"LRM1", 2**31, 0))
+    elif mode == "nan":
+        text = b'{"type": "scene", "quality": {"x": NaN}}'
+        os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
+    elif mode == "shape":
+        wire.send(out, SCENE)
+        wire.send(out, {"type": "view", "index": 0}, bytes(16))
+    elif mode == "kind":
+        wire.send(out, {"type": "error", "kind": "made_up", "message": "?"})
+    wire.send(out, SCENE)
+    for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
+        view(i, size, 0.0 if mode == "blank" else 0.5)
+    wire.send(out, {"type": "done", "seconds": {"import": 0.1}})
+
+
+wire.send(args.result_fd, {"type": "ready", "blender": "fake"})
+for line in sys.stdin.buffer:
+    order = json.loads(line)
+    behave(Path(order["path"]).stem, order)

@@ -1,0 +1,297 @@
+"""Supervision: whatever the child does, the asset ends typed, nothing is left behind, and the next asset renders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.render.conftest import SHARED, asset_of, make_spec
+from tests.render.files import ball, write_obj
+
+from pipeline.types import Asset, AssetError, FailureKind, Sample
+from render.process import LOG_RING_BYTES, ScratchFolder, family, scrubbed_environment
+from render.worker import RenderWorker
+
+FAKE = [sys.executable, "-P", "-s", str(Path(__file__).with_name("fake_child.py"))]
+ROOT = Path(__file__).resolve().parents[2]
+
+MakeWorker = Callable[..., RenderWorker]
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[MakeWorker]:
+    made = []
+
+    def make(**sections: dict[str, object]) -> RenderWorker:
+        spec = make_spec(**sections)
+        made.append(RenderWorker(spec, fingerprint="f", scratch_dir=tmp_path / "scratch", child_command=FAKE))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.close()
+    assert list((tmp_path / "scratch").iterdir()) == [], "a temporary folder was left behind"
+
+
+def attempt(worker: RenderWorker, mode: str) -> AssetError:
+    path = Path(f"/nowhere/{mode}.glb")
+    with pytest.raises(AssetError) as caught:
+        worker.render(asset_of(path), path)
+    return caught.value
+
+
+def pid_of(worker: RenderWorker) -> int:
+    return int(good(worker).quality["pid"])
+
+
+def good(worker: RenderWorker) -> Sample:
+    path = Path("/nowhere/good.glb")
+    return worker.render(asset_of(path), path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "message"),
+    [
+        ("crash", FailureKind.RENDER_CRASH, "signal SIGSEGV"),
+        ("alloc", FailureKind.OUT_OF_MEMORY, "signal SIGABRT"),
+        ("memoryerror", FailureKind.OUT_OF_MEMORY, "memory"),
+        ("garbage", FailureKind.RENDER_CRASH, "starts with b'Trac'"),
+        ("header", FailureKind.RENDER_CRASH, "header of 2147483648 bytes"),
+        ("nan", FailureKind.RENDER_CRASH, "NaN"),
+        ("shape", FailureKind.RENDER_CRASH, "payload of 16 bytes"),
+        ("kind", FailureKind.RENDER_CRASH, "unknown kind 'made_up'"),
+        ("few", FailureKind.BAD_VIEW_COUNT, "1 views were rendered, 2 were asked for"),
+        ("many", FailureKind.BAD_VIEW_COUNT, "view 2 came after 2 of 2"),
+        ("order", FailureKind.BAD_VIEW_COUNT, "view 1 came after 0 of 2"),
+        ("blank", FailureKind.BLANK_IMAGE, "min_alpha_coverage"),
+    ],
+)
+def test_a_misbehaving_child_gives_a_typed_failure_and_the_next_asset_renders(
+    fake: MakeWorker, mode: str, kind: FailureKind, message: str
+) -> None:
+    worker = fake()
+    error = attempt(worker, mode)
+    assert error.kind is kind
+    assert message in error.message
+    assert len(good(worker).views) == 2
+
+
+def test_a_crash_keeps_the_last_words(fake: MakeWorker) -> None:
+    assert "about to crash" in attempt(fake(), "crash").log_tail
+
+
+def test_a_hang_ends_at_the_deadline_with_all_that_it_started(fake: MakeWorker) -> None:
+    worker = fake(limits={"deadline_s": 1.0})
+    pid = pid_of(worker)
+    started = time.monotonic()
+    family_seen: set[int] = set()
+    watcher = threading.Timer(0.7, lambda: family_seen.update(family(pid)))
+    watcher.start()
+    error = attempt(worker, "hang")
+    watcher.join()
+    assert error.kind is FailureKind.RENDER_TIMEOUT
+    assert "1 s" in error.message
+    assert time.monotonic() - started < 5
+    assert len(family_seen) == 3
+    assert not any(alive(one) for one in family_seen)
+
+
+def test_a_memory_bomb_is_stopped_at_the_cap(fake: MakeWorker) -> None:
+    error = attempt(fake(limits={"memory_bytes": 2**28}), "bomb")
+    assert error.kind is FailureKind.OUT_OF_MEMORY
+    assert "256 MiB are allowed" in error.message
+
+
+def test_a_gigabyte_of_stderr_neither_blocks_nor_fills_memory(fake: MakeWorker) -> None:
+    worker = fake()
+    error = attempt(worker, "spam")
+    assert error.kind is FailureKind.IMPORT_ERROR
+    assert error.log_tail.endswith("last words")
+    assert len(error.log_tail) <= 4000
+    assert worker._child is not None
+    assert len(worker._child.log._data) <= LOG_RING_BYTES
+
+
+def test_the_child_is_kept_between_assets_and_recycled_after_so_many(fake: MakeWorker) -> None:
+    worker = fake(limits={"objects_per_child": 2})
+    first, second, third = (pid_of(worker) for _ in range(3))
+    assert first == second != third
+    assert not alive(first)
+
+
+def test_the_environment_is_scrubbed(fake: MakeWorker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secrets = ["AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"]
+    for name in [*secrets, "DISPLAY", "MY_PASSWORD"]:
+        monkeypatch.setenv(name, "secret")
+    quality = good(fake()).quality
+    environment = quality["environment"]
+    assert "secret" not in environment.values()
+    assert set(environment) <= {
+        "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED",
+        "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "HOME", "TMPDIR", "BLENDER_USER_RESOURCES", "OMP_NUM_THREADS",
+    }  # fmt: skip
+    for name in ("HOME", "TMPDIR"):
+        assert Path(environment[name]).is_relative_to(tmp_path / "scratch")
+    assert Path(quality["cwd"]) == Path(environment["HOME"])
+    assert "PATH" not in scrubbed_environment(tmp_path, 1, {"HOME": "/home/me"})
+
+
+def test_the_child_outlives_the_thread_that_first_rendered(fake: MakeWorker) -> None:
+    # The kernel ties PR_SET_PDEATHSIG to the thread that started the child, not to the process.
+    worker = fake()
+    pids: list[int] = []
+    thread = threading.Thread(target=lambda: pids.append(pid_of(worker)))
+    thread.start()
+    thread.join()
+    time.sleep(0.3)
+    assert pid_of(worker) == pids[0]
+
+
+def test_close_kills_the_child_and_may_be_called_twice(fake: MakeWorker) -> None:
+    worker = fake()
+    pid = pid_of(worker)
+    worker.close()
+    worker.close()
+    assert not alive(pid)
+
+
+def test_an_interrupt_kills_the_child(fake: MakeWorker) -> None:
+    worker = fake()
+    pid = pid_of(worker)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    path = Path("/nowhere/hang.glb")
+    with pytest.raises(KeyboardInterrupt):
+        worker.render(asset_of(path), path)
+    assert not alive(pid)
+
+
+def test_a_file_is_asked_for(fake: MakeWorker) -> None:
+    with pytest.raises(AssetError, match="came without a file"):
+        fake().render(asset_of(Path("/nowhere/good.glb")), None)
+
+
+SUPERVISOR = """
+import sys, time
+from pathlib import Path
+from tests.render.conftest import asset_of, make_spec
+from render.worker import RenderWorker
+command = None if sys.argv[2] == "real" else [sys.executable, "-P", "-s", sys.argv[2]]
+worker = RenderWorker(make_spec(), fingerprint="f", scratch_dir=Path(sys.argv[1]), child_command=command)
+child = worker._ensure_child()
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.blender
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_supervisor_leaves_no_child(tmp_path: Path, sign: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(tmp_path), "real"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as supervisor:
+        assert supervisor.stdout is not None
+        pid = int(supervisor.stdout.readline())
+        assert alive(pid)
+        supervisor.send_signal(sign)
+        supervisor.wait()
+    until = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(pid)
+    # Its folder is swept by the next owner beside it, once it is old enough not to be a newborn.
+    assert len(list(tmp_path.iterdir())) == 1
+    folder = ScratchFolder(tmp_path, newborn_s=0)
+    assert list(tmp_path.iterdir()) == [folder.path]
+    ScratchFolder(tmp_path, newborn_s=0).close()
+    assert list(tmp_path.iterdir()) == [folder.path], "a living owner's folder must stay"
+    folder.close()
+
+
+def _ball_spec() -> dict[str, object]:
+    return {"num_views": 3, "resolution_px": 48, "samples": 8, "denoise": True}
+
+
+@pytest.mark.blender
+def test_same_asset_same_bytes_in_any_child_with_any_threads(tmp_path: Path) -> None:
+    vertices, triangles = ball()
+    path = write_obj(tmp_path / "ball.obj", [(vertices, triangles, (0.8, 0.2, 0.1))], smooth=True)
+    other = write_obj(tmp_path / "other.obj", [(vertices * [1, 2, 1], triangles, (0.1, 0.2, 0.9))])
+    spec = make_spec(render=_ball_spec())
+
+    def sample_bytes(worker: RenderWorker) -> tuple[str, list[bytes]]:
+        sample = worker.render(asset_of(path), path)
+        facts = json.dumps([dict(sample.quality), dict(sample.lights), sample.seed])
+        return facts, [view.planes["rgba"].data for view in sample.views]
+
+    with RenderWorker(spec, fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        fresh = sample_bytes(worker)
+        worker.render(asset_of(other), other)
+        reused = sample_bytes(worker)
+    with RenderWorker(spec, fingerprint="f", num_threads=1, scratch_dir=tmp_path) as worker:
+        single = sample_bytes(worker)
+    assert fresh == reused == single
+    assert len(set(fresh[1])) == 3
+
+
+@pytest.mark.blender
+def test_a_procedural_asset_needs_no_file(tmp_path: Path) -> None:
+    asset = Asset(uid="procedural-3", source="procedural", uri="procedural:3", format="procedural")
+    with RenderWorker(make_spec(), fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        sample = worker.render(asset, None)
+    assert sample.quality["num_triangles"] > 0
+    assert sample.provenance["device"] == "CPU"
+
+
+@pytest.mark.blender
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"shared assets are not at {SHARED}")
+def test_every_broken_file_ends_as_a_sample_or_a_typed_failure(tmp_path: Path) -> None:
+    expected = {
+        "corrupt-texture-bytes.glb": FailureKind.MISSING_TEXTURE,
+        "empty-default-scene.glb": FailureKind.EMPTY_SCENE,
+        "infinite-positions-BoxWithInfinites.glb": FailureKind.DEGENERATE_GEOMETRY,
+        "zero-extent.glb": FailureKind.DEGENERATE_GEOMETRY,
+        "no-mesh.glb": FailureKind.EMPTY_SCENE,
+        "truncated-half.glb": FailureKind.IMPORT_ERROR,
+        "sceneWrongType.gltf": FailureKind.IMPORT_ERROR,
+        "corrupt-draco-stream.glb": FailureKind.PARTIAL_IMPORT,
+        "decimal-comma-teapots.DAE": FailureKind.EMPTY_SCENE,
+    }
+    triangles = {"corrupt-draco-stream.glb": 178848}
+    found = {}
+    with RenderWorker(make_spec(), fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        for path in sorted((SHARED / "broken").iterdir()):
+            if path.suffix == ".bin":
+                continue
+            try:
+                sample = worker.render(asset_of(path), path, expected_triangles=triangles.get(path.name))
+                assert len(sample.views) == 2
+            except AssetError as error:
+                found[path.name] = error.kind
+                assert error.kind not in (FailureKind.INTERNAL, FailureKind.RENDER_CRASH), f"{path.name}: {error}"
+                assert error.message.strip()
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_pixels_become_straight_srgb(fake: MakeWorker) -> None:
+    from pipeline.sample import decode_rgba
+
+    image = decode_rgba(good(fake()).views[0].planes["rgba"].data)
+    # Premultiplied 0.5 under alpha 0.5 is white at half cover.
+    np.testing.assert_array_equal(image[0, 0], [255, 255, 255, 128])
