@@ -14,7 +14,6 @@ file's own size, the JSON by its number of values (a Python value takes up to 10
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from pipeline.types import AssetError, FailureKind
 Json = dict[str, Any]
 
 MAX_JSON_VALUES = 8_000_000
+_MAX_INTEGER = 2**53  # the largest that JSON carries everywhere
 # What the importer of Blender 4.5 manages when a file requires it.
 BLENDER_EXTENSIONS = frozenset(
     {
@@ -217,8 +217,8 @@ def number_of(entry: Json, key: str, where: str, default: int | None = None) -> 
     value = entry.get(key)
     if value is None and default is not None:
         return default
-    if type(value) is not int or value < 0:
-        corrupt(f"{where}.{key} is {show(value)}; an integer of at least 0 is required")
+    if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
+        corrupt(f"{where}.{key} is {show(value)}; an integer from 0 to {_MAX_INTEGER} is required")
     return value
 
 
@@ -280,8 +280,9 @@ def primitives(document: Document, mesh: int) -> list[tuple[Json, str]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         corrupt(f"{where} is not a list of objects")
     for entry in entries:
-        if type(entry.get("mode") or 0) is not int or not 0 <= (entry.get("mode") or 0) <= _FAN:
-            corrupt(f"{where}: mode {show(entry['mode'])}; 0 to 6 are allowed")
+        mode = entry.get("mode")
+        if mode is not None and (type(mode) is not int or not 0 <= mode <= _FAN):
+            corrupt(f"{where}: mode {show(mode)}; 0 to 6 are allowed")
     return [(entry, f"{where}[{i}]") for i, entry in enumerate(entries)]
 
 
@@ -431,4 +432,4 @@ def stated_licence(document: Document) -> str | None:
     asset = document.data["asset"]
     extras = asset.get("extras")
     text = (extras.get("license") if isinstance(extras, dict) else None) or asset.get("copyright")
-    return re.sub(r"\s+", " ", text)[:200] if isinstance(text, str) else None
+    return " ".join(text[:1000].split())[:200].encode("utf-8", "replace").decode() if isinstance(text, str) else None
