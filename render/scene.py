@@ -34,7 +34,6 @@ FAR_RATIO = 16.0
 
 _BOUNDS_TOLERANCE = 1e-3
 _EXTENTS = (1e-18, 1e18)  # beyond, products of Blender's float32 overflow or vanish
-_SURFACE_TYPES = frozenset({"MESH", "CURVE", "SURFACE", "FONT", "META", "CURVES"})
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +108,6 @@ def prepare(*, max_triangles: int, expected_triangles: int | None, min_triangle_
     centre = (low + high) / 2
     parts = _drop_strays(parts, stray)
     meshes = _unique_meshes(parts)
-    _check_normals(meshes)
     for mesh in meshes:
         complete_materials(mesh)
     materials = {m.name: m for mesh in meshes for m in mesh.materials}
@@ -172,9 +170,8 @@ def _collect(limits: _Limits) -> list[Part]:
     parts = []
     for instance in depsgraph.object_instances:
         obj = instance.object
-        if obj.type not in _SURFACE_TYPES or not instance.show_self or not obj.visible_camera:
-            continue
-        if obj.type == "META" and not _shows_family(obj):
+        # A curve, text or metaball comes twice: as itself, and as an instance of the mesh that it evaluates to.
+        if obj.type != "MESH" or not instance.show_self or not obj.visible_camera:
             continue
         # The data's address tells evaluated meshes apart; materials may also hang on the object's slots.
         names = tuple(slot.material and slot.material.name for slot in obj.material_slots)
@@ -191,24 +188,14 @@ def _collect(limits: _Limits) -> list[Part]:
     return parts
 
 
-def _shows_family(obj: Any) -> bool:
-    """Whether a metaball is the one that holds the surface of its family, which is told by names: Ball, Ball.001."""
-    base, dot, number = obj.name.rpartition(".")
-    return not (dot and number.isdigit() and base in bpy.context.scene.objects)
-
-
 def _freeze(obj: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
     """Return a static copy of an evaluated object: (mesh, vertices [V, 3], triangles [T, 3], polygon of each [T]).
 
     None for an object without faces: points and lines have no surface to render.
     """
-    try:
-        mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
-    except RuntimeError:  # an object whose type has no mesh, such as a metaball that another one shows
-        return None
-    if mesh is None or len(mesh.polygons) == 0:
-        if mesh is not None:
-            bpy.data.meshes.remove(mesh)
+    mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
+    if len(mesh.polygons) == 0:
+        bpy.data.meshes.remove(mesh)
         return None
     mesh.calc_loop_triangles()
     triangles = np.empty((len(mesh.loop_triangles), 3), np.int32)
@@ -249,23 +236,6 @@ def _measure(parts: list[Part], limits: _Limits) -> tuple[Triangles, BoolArray, 
             f"{len(triangles)} triangles span {extent:g} units with an area of {triangles.area.sum():g}",
         )
     return triangles, stray, low, high
-
-
-def _check_normals(meshes: list[Any]) -> None:
-    """Refuse a scene most of whose corners have no normal: it would be shaded black.
-
-    Seen with positions that were infinite in the file: the importer flattens them to 0 without a word.
-    """
-    num_corners = num_broken = 0
-    for mesh in meshes:
-        normals = np.empty((len(mesh.loops), 3), np.float32)
-        mesh.corner_normals.foreach_get("vector", normals.reshape(-1))
-        num_corners += len(normals)
-        num_broken += int((~(np.einsum("ij,ij->i", normals, normals) > 0.25)).sum())
-    if num_broken > num_corners / 2:
-        raise AssetError(
-            FailureKind.DEGENERATE_GEOMETRY, f"{num_broken} of {num_corners} corners of faces have no normal"
-        )
 
 
 def _is_far(low: Float64, high: Float64) -> bool:
@@ -416,4 +386,5 @@ def _used_vertices(mesh: Any) -> Float64:
     mesh.loops.foreach_get("vertex_index", index)
     used = np.zeros(len(mesh.vertices), bool)
     used[index] = True
-    return _vertices(mesh)[used]
+    vertices: Float64 = _vertices(mesh)[used]
+    return vertices

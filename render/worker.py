@@ -52,6 +52,9 @@ _ENCODERS = 2
 _MAX_IN_FLIGHT = 4
 _RECYCLE_MEMORY_SHARE = 0.5
 
+# Under these lights even soot is lighter than black; only broken normals and colours are not.
+_MAX_BLACK = 0.995
+
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 _OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
 _EXCEPTION_LINE = re.compile(r"^[\w.]+(?:Error|Exception)\b.*$", re.MULTILINE)
@@ -187,7 +190,9 @@ class RenderWorker:
                 memory_bytes=limits.memory_bytes,
                 starter=self._starter,
             )
-            header, _ = self._receive(self._child, time.monotonic() + START_DEADLINE_S, f"{START_DEADLINE_S:g} s to start")
+            header, _ = self._receive(
+                self._child, time.monotonic() + START_DEADLINE_S, f"{START_DEADLINE_S:g} s to start"
+            )
             if header["type"] != "ready":
                 self._fail(FailureKind.RENDER_CRASH, f"the child said {header['type']!r} before it was ready")
             self._ready = header
@@ -302,6 +307,11 @@ class RenderWorker:
             raise AssetError(
                 FailureKind.BLANK_IMAGE,
                 f"the object covers {coverage:.2e} of its pictures; {allowed:g} is required (min_alpha_coverage)",
+            )
+        if min(fact["black"] for fact in facts if fact["alpha_coverage"] > 0) > _MAX_BLACK:
+            raise AssetError(
+                FailureKind.BLANK_IMAGE,
+                f"more than {_MAX_BLACK:.1%} of the object is black in every picture; its normals may be broken",
             )
         assert job.scene is not None
         per_view = {name: [fact[name] for fact in facts] for name in facts[0]}

@@ -20,9 +20,7 @@ Render = Callable[..., Sample]
 def make_spec(**sections: dict[str, Any]) -> DatasetSpec:
     """Return a small spec; each keyword is a section whose keys override the defaults of these tests."""
     render = {"num_views": 2, "resolution_px": 32, "samples": 1, "denoise": False} | sections.pop("render", {})
-    return DatasetSpec.model_validate(
-        {"name": "test", "source": {"kind": "procedural"}, "render": render, **sections}
-    )
+    return DatasetSpec.model_validate({"name": "test", "source": {"kind": "procedural"}, "render": render, **sections})
 
 
 def asset_of(path: Path, uid: str | None = None) -> Asset:

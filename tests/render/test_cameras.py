@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.render.conftest import make_spec
 
 from render.cameras import (
     HEIGHT_RANGE,
@@ -19,6 +18,7 @@ from render.cameras import (
     look_at,
     sample_centres,
 )
+from tests.render.conftest import make_spec
 
 seeds = st.integers(0, 2**63 - 1)
 coordinates = st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3)

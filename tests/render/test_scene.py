@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pipeline.sample import decode_rgba
+from pipeline.types import AssetError, FailureKind, Sample
 from tests.render.conftest import Render
 from tests.render.files import (
     CUBE_TRIANGLES,
@@ -18,9 +21,6 @@ from tests.render.files import (
     one_mesh_glb,
     write_obj,
 )
-
-from pipeline.sample import decode_rgba
-from pipeline.types import AssetError, FailureKind, Sample
 
 pytestmark = [pytest.mark.blender, pytest.mark.timeout(120)]
 
@@ -107,6 +107,7 @@ if kind == "instances":
 elif kind == "curves":
     bpy.ops.curve.primitive_bezier_circle_add(radius=2.0)
     bpy.context.object.data.bevel_depth = 0.5
+    bpy.context.object.data.materials.append(bpy.data.materials.new("ring"))
     bpy.ops.object.text_add(location=(0, 0, 3))
     bpy.context.object.data.extrude = 0.1
 elif kind == "metaballs":
@@ -168,7 +169,9 @@ __import__("os")._exit(0)  # a driver may keep Blender from quitting
 def blend(tmp_path: Path):
     def make(kind: str, *extra: str) -> Path:
         path = tmp_path / f"{kind}.blend"
-        subprocess.run([sys.executable, "-c", BLEND, kind, str(path), *extra], check=True, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(
+            [sys.executable, "-c", BLEND, kind, str(path), *extra], check=True, stdout=subprocess.DEVNULL, timeout=60
+        )
         return path
 
     return make
@@ -183,12 +186,14 @@ def test_4_collection_instances_count(render: Render, blend) -> None:
 def test_4_curves_and_text_count(render: Render, blend) -> None:
     sample = render(blend("curves"))
     assert_box(sample, [-2.5, -2.5, -0.5], [2.5, 2.5, 3.1], tolerance=0.02)
+    assert sample.quality["num_meshes"] == 2
+    assert sample.quality["num_materials"] == 2  # the ring's, and the neutral one of the text
 
 
 def test_4_metaballs_count_once(render: Render, blend) -> None:
     sample = render(blend("metaballs"))
     assert sample.quality["num_meshes"] == 1
-    assert sample.quality["bounds_max"][0] - sample.quality["bounds_min"][0] == pytest.approx(5.5, rel=0.3)
+    assert sample.quality["bounds_max"][0] - sample.quality["bounds_min"][0] == pytest.approx(3.8, abs=0.2)
 
 
 def test_6_hidden_objects_do_not_count_and_render_visibility_decides(render: Render, blend) -> None:
@@ -268,9 +273,7 @@ def test_9_positions_that_are_not_finite_give_no_camera(
 
 
 def test_9_zero_extent_is_degenerate(render: Render, tmp_path: Path) -> None:
-    assert (
-        kind_of(render, one_mesh_glb(tmp_path / "zero.glb", CUBE_VERTICES * 0)) is FailureKind.DEGENERATE_GEOMETRY
-    )
+    assert kind_of(render, one_mesh_glb(tmp_path / "zero.glb", CUBE_VERTICES * 0)) is FailureKind.DEGENERATE_GEOMETRY
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

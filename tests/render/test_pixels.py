@@ -1,0 +1,111 @@
+"""Rendered pixels: where known points land, what the lights do, what stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.sample import decode_rgba
+from pipeline.types import Sample
+from render.worker import RenderWorker
+from tests.render.conftest import asset_of, make_spec
+from tests.render.files import OCTAHEDRON_TRIANGLES, OCTAHEDRON_VERTICES, ball, write_obj
+
+pytestmark = [pytest.mark.blender, pytest.mark.timeout(120)]
+
+# Source points of an OBJ file (y up), and their colours: no symmetry, so that no flip and no swap of axes passes.
+MARKERS = np.array([[1.0, 0.35, -0.2], [-0.9, -0.6, 0.1], [0.15, 0.75, 0.95], [-0.3, 0.2, -0.8]])
+COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], float)
+RADIUS = 0.09
+
+
+def render_once(tmp_path: Path, path: Path, **render: object) -> Sample:
+    with RenderWorker(make_spec(render=render), fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        return worker.render(asset_of(path), path)
+
+
+def images_of(sample: Sample) -> list[np.ndarray]:
+    return [decode_rgba(view.planes["rgba"].data) for view in sample.views]
+
+
+@pytest.fixture(scope="module")
+def markers(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """Four small octahedra of known places and colours, in 12 pictures of 128 px."""
+    folder = tmp_path_factory.mktemp("markers")
+    parts = [
+        (OCTAHEDRON_VERTICES * RADIUS + point, OCTAHEDRON_TRIANGLES, colour)
+        for point, colour in zip(MARKERS, COLOURS, strict=True)
+    ]
+    path = write_obj(folder / "markers.obj", parts)
+    return render_once(folder, path, num_views=12, resolution_px=128, samples=32, lighting="ambient")
+
+
+def _centroid(image: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the centre of mass (x, y) in pixels, and the weight, of what has a colour; pixel centres are at + 0.5."""
+    present = (image[..., :3] > 60) == (colour > 0)
+    weight = image[..., 3] / 255 * present.all(axis=-1)
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
+    total = float(weight.sum())
+    return np.array([(weight * x).sum(), (weight * y).sum()]) / max(total, 1e-9), total
+
+
+def test_known_points_land_where_the_cameras_say(markers: Sample) -> None:
+    blender = MARKERS[:, [0, 2, 1]] * [1, -1, 1]  # OBJ's y-up becomes Blender's z-up
+    norm = markers.normalization
+    world = norm.scale * blender @ norm.rotation.T + norm.translation
+    checked, errors = 0, []
+    for view, image in zip(markers.views, images_of(markers), strict=True):
+        expected = view.camera.project(world)
+        apart = np.linalg.norm(expected[:, None] - expected[None], axis=-1) + 1e3 * np.eye(len(world))
+        for point, colour, near in zip(expected, COLOURS, apart.min(axis=1), strict=True):
+            found, weight = _centroid(image, colour)
+            if near < 25 or not (12 < point.min() and point.max() < 116):
+                continue  # another marker may hide it, or the border may cut it
+            assert weight > 8, f"view {view.index}: nothing of colour {colour} is near {point}"
+            errors.append(found - point)
+            checked += 1
+    assert checked >= 15
+    assert np.abs(errors).max() < 0.5
+    # A principal point or pixel rule that is half a pixel off shows in the mean, where the noise of pixels does not.
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.12
+
+
+def test_a_larger_thing_is_nearer_in_the_cameras_own_depth(markers: Sample) -> None:
+    for view in markers.views:
+        depth = -view.camera.world_from_camera[:3, 3] @ view.camera.world_from_camera[:3, 2]
+        assert 1.5 <= depth <= 3.0 + 1e-9
+
+
+def test_background_is_empty_and_alpha_is_straight(markers: Sample) -> None:
+    for image in images_of(markers):
+        assert (image[image[..., 3] == 0] == 0).all()
+        # Straight alpha: half-covered edge pixels keep the colour of the surface instead of fading to black.
+        edge = image[(image[..., 3] > 60) & (image[..., 3] < 200)]
+        if len(edge) > 10:
+            assert np.median(edge[:, :3].max(axis=1)) > 150
+
+
+def _shade(tmp_path: Path, albedo: float, lighting: str, uid: str) -> list[np.ndarray]:
+    vertices, triangles = ball()
+    path = write_obj(tmp_path / "ball.obj", [(vertices, triangles, (albedo,) * 3)], smooth=True)
+    spec = make_spec(render={"num_views": 6, "resolution_px": 64, "samples": 16, "lighting": lighting})
+    with RenderWorker(spec, fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        return images_of(worker.render(asset_of(path, uid), path))
+
+
+@pytest.mark.parametrize("uid", ["one", "two", "three"])
+def test_studio_puts_a_grey_ball_mid_scale_and_white_does_not_clip(tmp_path: Path, uid: str) -> None:
+    grey = np.concatenate([image[image[..., 3] == 255][:, :3] for image in _shade(tmp_path, 0.18, "studio", uid)])
+    assert grey.mean() == pytest.approx(118, abs=25)
+    assert grey.std() > 4, "the light has no direction"
+    white = np.concatenate([image[image[..., 3] == 255][:, :3] for image in _shade(tmp_path, 0.9, "studio", uid)])
+    assert (white == 255).all(axis=1).mean() < 0.15
+
+
+def test_ambient_is_a_white_world_of_strength_one(tmp_path: Path) -> None:
+    image = _shade(tmp_path, 0.18, "ambient", "one")[0]
+    grey = image[image[..., 3] == 255][:, :3]
+    # 18 % of 1 is sRGB 118; the OBJ importer's surface also reflects about 4 %.
+    assert grey.mean() == pytest.approx(121, abs=8)
