@@ -38,16 +38,16 @@ def run_demo(out_dir: Path) -> Path:
     train(load_config("tiny"), corpus, published.number, out_dir / "train")
     _say("4/4 report")
     reader = VersionReader.open(corpus, published.number)
-    section = training_section(corpus, published.number, out_dir / "train", out_dir)
+    section = training_section(reader, out_dir / "train", out_dir)
     page = write_report(reader, out_dir, [section])
     _say(f"done in {time.monotonic() - begun:.0f} s: open {page}")
     return page
 
 
-def training_section(corpus: str, number: int, train_dir: Path, out_dir: Path) -> Section:
+def training_section(reader: VersionReader, train_dir: Path, out_dir: Path) -> Section:
     """Draw the loss curve and predictions of a training run, as a part of the report."""
     write_loss_curve(train_dir / "metrics.jsonl", out_dir / "loss.png")
-    found = write_predictions(train_dir, corpus, number, out_dir, num_objects=6)
+    found = write_predictions(train_dir, reader, out_dir / "predictions.png", num_objects=6)
     table = [
         ("steps", found["step"]),
         ("PSNR of predicted novel views", f"{found['psnr_db']:.2f} dB"),
@@ -55,7 +55,10 @@ def training_section(corpus: str, number: int, train_dir: Path, out_dir: Path) -
     ]
     images = [
         ("loss.png", "training loss"),
-        (found["file"], "a line an object: input view, true novel view, predicted novel view"),
+        (
+            "predictions.png",
+            "a line an object: the input view, then pairs of true and predicted views it was not given",
+        ),
     ]
     return Section(title="Training", images=images, table=table)
 
