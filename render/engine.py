@@ -28,7 +28,13 @@ NOISE_THRESHOLD = 0.02
 """Adaptive sampling stops a pixel at this relative error; measured with `samples` as the upper bound."""
 
 TRANSPARENT_FACTOR = 4
-"""How many times the samples a scene with see-through surfaces may take: alpha is not denoised, and stays grainy."""
+TRANSPARENT_NOISE_THRESHOLD = 0.05
+"""A scene with see-through surfaces may take so many times the samples, since alpha is not denoised and stays grainy.
+
+Measured at 192^2 px with samples = 16 against 256 samples without denoising, colour and alpha in dB, worst view: a
+glass table 39.6 and 37.8 without the factor, 41.7 and 42.0 with it, for 1.5 times the CPU time; at the threshold of
+opaque scenes 44.6 and 44.7 for twice the time. Opaque pixels of such scenes stop early.
+"""
 
 
 class Engine:
@@ -46,7 +52,10 @@ class Engine:
         self._scene.collection.objects.link(self._camera)
         self._scene.camera = self._camera
         _set_output(self._scene, spec.resolution_px, num_threads)
-        _set_cycles(self._scene, spec, spec.samples * (TRANSPARENT_FACTOR if transparent else 1))
+        _set_cycles(self._scene, spec)
+        if transparent:
+            self._scene.cycles.samples = spec.samples * TRANSPARENT_FACTOR
+            self._scene.cycles.adaptive_threshold = TRANSPARENT_NOISE_THRESHOLD
         self._memory = os.memfd_create("lrm-frame")
         self.readback_s = 0.0
 
@@ -123,10 +132,10 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     view.use_curve_mapping = False
 
 
-def _set_cycles(scene: Any, spec: RenderSpec, samples: int) -> None:
+def _set_cycles(scene: Any, spec: RenderSpec) -> None:
     cycles = scene.cycles
     cycles.device = "CPU"
-    cycles.samples = samples
+    cycles.samples = spec.samples
     cycles.use_adaptive_sampling = True
     cycles.adaptive_threshold = NOISE_THRESHOLD
     cycles.adaptive_min_samples = min(8, spec.samples)

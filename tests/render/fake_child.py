@@ -36,7 +36,7 @@ def view(index: int, size: int, value: float = 0.5) -> None:
     wire.send(args.result_fd, {"type": "view", "index": index}, pixels.data.cast("B"))
 
 
-def behave(mode: str, request: dict[str, Any]) -> None:  # noqa: PLR0915
+def behave(mode: str, request: dict[str, Any]) -> None:
     size, count = request["render"]["resolution_px"], request["render"]["num_views"]
     out = args.result_fd
     if mode == "crash":

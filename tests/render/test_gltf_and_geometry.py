@@ -75,7 +75,8 @@ def test_nodes_outside_the_default_scene_lose_what_they_show(tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     data = default_scene_only(path, tmp_path / "out").read_bytes()
     size = int.from_bytes(data[12:16], "little")
-    assert len(data) == int.from_bytes(data[8:12], "little") and size % 4 == 0
+    assert len(data) == int.from_bytes(data[8:12], "little")
+    assert size % 4 == 0
     assert json.loads(data[20 : 20 + size])["nodes"] == [{"mesh": 0}, {}]
     assert data.endswith(glb.binary)
 
@@ -89,7 +90,8 @@ def test_side_files_of_a_rewritten_gltf_are_found(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     (tmp_path / "out").mkdir()
     found = json.loads(default_scene_only(path, tmp_path / "out").read_text())
-    assert found["buffers"][0]["uri"].endswith("/a%20b.bin") and found["buffers"][0]["uri"].startswith("/")
+    assert found["buffers"][0]["uri"].endswith("/a%20b.bin")
+    assert found["buffers"][0]["uri"].startswith("/")
     assert found["buffers"][1]["uri"] == "data:,x"
 
 
@@ -97,7 +99,8 @@ def test_side_files_of_a_rewritten_gltf_are_found(tmp_path: Path) -> None:
     "text",
     [
         "", "null", "[]", '{"nodes": 3, "scenes": [1]}', '{"scenes": [{"nodes": [7]}], "nodes": [{}]}',
-        '{"scenes": [{"nodes": ["x"]}], "nodes": [{"mesh": 0}]}', '{"scene": "a", "scenes": [{}], "nodes": [{"mesh": 0}]}',
+        '{"scenes": [{"nodes": ["x"]}], "nodes": [{"mesh": 0}]}',
+        '{"scene": "a", "scenes": [{}], "nodes": [{"mesh": 0}]}',
         '{"scenes": [{"nodes": [0]}], "nodes": [{"children": [0]}]}',
     ],
 )  # fmt: skip

@@ -255,21 +255,17 @@ def test_points_and_lines_do_not_count(render: Render, tmp_path: Path) -> None:
     assert_box(render(glb.write(tmp_path / "points.glb")), [-0.5] * 3, [0.5] * 3)
 
 
-@pytest.mark.parametrize(
-    ("value", "name"), [(np.nan, "nan"), (np.inf, "inf"), (3e38, "overflow")], ids=["nan", "inf", "overflow"]
-)
-def test_9_positions_that_are_not_finite_give_no_camera(
-    render: Render, tmp_path: Path, value: float, name: str
-) -> None:
-    vertices = CUBE_VERTICES.copy()
-    vertices[3, 1] = value
-    vertices[4, 1] = -value
-    try:
-        sample = render(one_mesh_glb(tmp_path / f"{name}.glb", vertices))
-    except AssetError as error:
-        assert error.kind in (FailureKind.DEGENERATE_GEOMETRY, FailureKind.IMPORT_ERROR)
-    else:
-        assert np.isfinite(box(sample)).all()
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38], ids=["nan", "inf", "overflow"])
+def test_9_positions_that_are_not_finite_give_no_sample(render: Render, tmp_path: Path, value: float) -> None:
+    # A binary PLY, since the glTF importer turns them into 0 without a word; such files are refused before Blender.
+    vertices = OCTAHEDRON_VERTICES.copy()
+    vertices[2, 1], vertices[3, 1] = value, -value
+    header = ["ply", "format binary_little_endian 1.0", "element vertex 6", *(f"property float {a}" for a in "xyz")]
+    header += ["element face 8", "property list uchar int vertex_indices", "end_header", ""]
+    faces = b"".join(b"\x03" + np.int32(row).tobytes() for row in OCTAHEDRON_TRIANGLES)
+    path = tmp_path / "odd.ply"
+    path.write_bytes("\n".join(header).encode() + vertices.tobytes() + faces)
+    assert kind_of(render, path) is FailureKind.DEGENERATE_GEOMETRY
 
 
 def test_9_zero_extent_is_degenerate(render: Render, tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_vertex_colours_show_where_nothing_else_gives_colour(render: Render, tmp
     sample = render(path)
     image = decode_rgba(sample.views[0].planes["rgba"].data)
     red, green, blue, _ = image[image[..., 3] == 255].astype(int).mean(axis=0)
-    assert red > 100 and red > 3 * max(green, blue)
+    assert red > max(100, 3 * green, 3 * blue)
     assert not sample.quality["untextured"]
 
 
@@ -349,7 +345,7 @@ def test_no_material_is_neutral_grey_and_flagged(render: Render, tmp_path: Path)
     sample = render(one_mesh_glb(tmp_path / "plain.glb"))
     image = decode_rgba(sample.views[0].planes["rgba"].data)
     red, green, blue, _ = image[image[..., 3] == 255].astype(int).mean(axis=0)
-    assert abs(red - green) < 8 and abs(green - blue) < 8
+    assert max(abs(red - green), abs(green - blue)) < 8
     assert 60 < red < 220
     assert sample.quality["untextured"]
 
