@@ -89,19 +89,13 @@ def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
     lights = lighting.set_lights(spec.lighting, request["seed"])
     frozen = time.perf_counter()
     norm = prepared.normalization
-    wire.send(
-        fd,
-        {
-            "type": "scene",
-            "normalization": {
-                "scale": norm.scale,
-                "rotation": norm.rotation.tolist(),
-                "translation": norm.translation.tolist(),
-            },
-            "quality": prepared.quality,
-            "lights": lights,
-        },
-    )
+    similarity = {
+        "scale": norm.scale,
+        "rotation": norm.rotation.tolist(),
+        "translation": norm.translation.tolist(),
+    }
+    header = {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights}
+    wire.send(fd, header)
     renderer = engine.Engine(spec, num_threads, transparent=prepared.quality["transparent"])
     seconds = []
     try:

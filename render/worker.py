@@ -154,6 +154,7 @@ class RenderWorker:
         except AssetError as error:
             if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
                 self._stop_child()
+            self._recycle(child)
             raise
         except BaseException:
             # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this asset.
@@ -352,6 +353,7 @@ class RenderWorker:
             self._fail(FailureKind.RENDER_CRASH, f"the child's normalization is malformed: {error}")
 
     def _recycle(self, child: ChildProcess) -> None:
+        """Stop a child that has done its share of assets, failed ones included, or holds much memory between two."""
         limits = self._spec.limits
         grown = child.memory_bytes() > _RECYCLE_MEMORY_SHARE * limits.memory_bytes
         if child.num_objects >= limits.objects_per_child or grown:

@@ -135,6 +135,13 @@ def test_the_child_is_kept_between_assets_and_recycled_after_so_many(fake: MakeW
     assert not alive(first)
 
 
+def test_failed_assets_count_towards_the_recycling(fake: MakeWorker) -> None:
+    worker = fake(limits={"objects_per_child": 2})
+    first = pid_of(worker)
+    attempt(worker, "spam")
+    assert pid_of(worker) != first
+
+
 def test_the_environment_is_scrubbed(fake: MakeWorker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     secrets = ["AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"]
     for name in [*secrets, "DISPLAY", "MY_PASSWORD"]:
