@@ -252,7 +252,9 @@ def check_references(document: Document) -> None:
         AssetError: CORRUPT_FILE.
     """
     count = {name: len(document.table(name)) for name in _TABLES}
-    index_of(document.data, "scene", count["scenes"], "file")
+    # An index without scenes is harmless: importers then take all nodes.
+    if count["scenes"] or type(document.data.get("scene") or 0) is not int:
+        index_of(document.data, "scene", count["scenes"], "file")
     for i, scene in enumerate(document.table("scenes")):
         indexes_of(scene, "nodes", count["nodes"], f"scenes[{i}]")
     for i, node in enumerate(document.table("nodes")):
