@@ -10,6 +10,7 @@ A mistake of the user's ends in one line on stderr and exit status 2; an interru
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -184,6 +185,11 @@ def parse_version(text: str) -> int | None:
 
 def main() -> None:
     """Run the command line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("pipeline", "render", "lrm", "jobs"):  # ours only: libraries keep their own counsel
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
     try:
         app()
     except UserError as error:

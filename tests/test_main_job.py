@@ -103,25 +103,12 @@ def test_status_and_report_show_the_corpus(corpus: Path, tmp_path: Path) -> None
 @pytest.mark.blender
 def test_a_training_run_streams_the_version_and_goes_on_where_it_was(corpus: Path, tmp_path: Path) -> None:
     arguments = ["train", "--corpus", str(corpus), "--out", str(tmp_path / "train")]
-    cli(
-        *arguments,
-        "--set",
-        "train.steps=4",
-        "--set",
-        "train.checkpoint_every_steps=2",
-        "--set",
-        "train.log_every_steps=1",
-    )
-    first = (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()
+    for setting in ("train.steps=4", "train.checkpoint_every_steps=2", "train.log_every_steps=1"):
+        arguments += ["--set", setting]
+    cli(*arguments)
+    metrics = tmp_path / "train" / "metrics.jsonl"
+    first = metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in first] == [1, 2, 3, 4]
-    again = cli(
-        *arguments,
-        "--set",
-        "train.steps=4",
-        "--set",
-        "train.checkpoint_every_steps=2",
-        "--set",
-        "train.log_every_steps=1",
-    )
-    assert (tmp_path / "train" / "metrics.jsonl").read_text().splitlines() == first
-    assert "4" in again.stderr
+    again = cli(*arguments)
+    assert metrics.read_text().splitlines() == first
+    assert "4 steps" in again.stderr
