@@ -11,7 +11,8 @@ for every layer, f [B, 3 g^2, D] being learnable tokens at first; and one deconv
 3 x 16 x 2.1 M = 101 M parameters of the decoder's 361 M.
 
 The modulation starts at zero (gamma = beta = 0), as in DiT, so that the decoder begins as one without a camera; the
-paper does not say how it starts. Projections inside attention have no bias, like the public reproductions.
+paper does not say how it starts. Tokens start as `lrm.positions` says. Projections inside attention have no bias, like
+the public reproductions.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 
 from lrm.cameras import CAMERA_NUMBERS
 from lrm.config import DecoderConfig
+from lrm.positions import fourier_grid
+
+PLANE_CODE_STD = 0.5
+"""Deviation of the random code that tells the three planes' tokens apart at the start."""
 
 
 class ModLN(nn.Module):
@@ -88,7 +93,8 @@ class TriplaneDecoder(nn.Module):
         super().__init__()
         width = config.width
         self.token_grid = config.token_grid
-        self.tokens = nn.Parameter(torch.randn(3 * config.token_grid**2, width) * width**-0.5)
+        planes = torch.randn(3, 1, width) * PLANE_CODE_STD
+        self.tokens = nn.Parameter((fourier_grid(config.token_grid, width) + planes).flatten(0, 1))
         self.camera_embedding = nn.Sequential(nn.Linear(CAMERA_NUMBERS, width), nn.SiLU(), nn.Linear(width, width))
         self.layers = nn.ModuleList(DecoderLayer(config, image_width) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)

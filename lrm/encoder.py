@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from lrm.config import EncoderConfig
+from lrm.positions import fourier_grid
 from pipeline.types import UserError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class ImageEncoder(nn.Module):
             self.vit = _pretrained(config)
         else:
             self.vit = ViTModel(vit_config, add_pooling_layer=False)
+            places = fourier_grid(config.image_px // config.patch_px, config.width)
+            with torch.no_grad():
+                self.vit.embeddings.position_embeddings[0, 1:] = places
             if load_weights:
                 log.info("encoder starts from random weights: model.encoder.weights is empty")
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(3, 1, 1), persistent=False)
@@ -83,6 +87,6 @@ def _pretrained(config: EncoderConfig) -> ViTModel:
 def resize_position_embedding(embedding: Tensor, side: int) -> Tensor:
     """Interpolate [1, 1 + n^2, D], the class token's entry first, to [1, 1 + side^2, D]: once, then it is trained."""
     old_side = round((embedding.shape[1] - 1) ** 0.5)
-    grid = embedding[:, 1:].transpose(1, 2).unflatten(-1, (old_side, old_side))
+    grid = embedding[:, 1:].transpose(1, 2).reshape(1, -1, old_side, old_side)
     resized = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([embedding[:, :1], resized.flatten(2).transpose(1, 2)], 1)
