@@ -69,7 +69,12 @@ class RenderSpec(BaseModel):
     num_views: int = Field(32, ge=1, le=999, description="views an object")
     resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
     fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees")
-    samples: int = Field(16, ge=1, le=65536, description="Cycles samples a pixel (upper bound under adaptive sampling)")
+    samples: int = Field(
+        16,
+        ge=1,
+        le=65536,
+        description="most Cycles samples a pixel; scenes with see-through surfaces take 4 times as many",
+    )
     denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
     lighting: Literal["studio", "ambient"] = Field(
         "studio", description="studio: environment, key and fill, seeded per uid"
