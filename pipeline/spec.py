@@ -69,15 +69,15 @@ class RenderSpec(BaseModel):
     num_views: int = Field(32, ge=1, le=999, description="views an object")
     resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
     fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees")
-    samples: int = Field(
-        16,
-        ge=1,
-        le=65536,
-        description="most Cycles samples a pixel; scenes with see-through surfaces take 4 times as many",
-    )
+    samples: int = Field(16, ge=1, le=65536, description="most Cycles samples a pixel (adaptive sampling takes fewer)")
     denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
     lighting: Literal["studio", "ambient"] = Field(
         "studio", description="studio: environment, key and fill, seeded per uid"
+    )
+    see_through: Literal["white", "alpha"] = Field(
+        "white",
+        description="what glass and alpha-blended surfaces become: white shows white behind them, as on the paper's "
+        "background, under an alpha that is the surface's coverage; alpha keeps them translucent",
     )
     planes: tuple[PlaneName, ...] = Field(("rgba",), description="planes of each view, in the order of the shard")
     codec: Literal["webp", "webp-q95", "png"] = Field("webp", description="webp is lossless; webp-q95 is lossy; png")

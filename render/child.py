@@ -97,19 +97,20 @@ def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
     header = {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights}
     wire.send(fd, header)
     renderer = engine.Engine(spec, num_threads, transparent=prepared.quality["transparent"])
-    seconds = []
+    cameras = cameras_for(spec, request["seed"])
+    seeds = [engine.view_seed(request["seed"], index) for index in range(len(cameras))]
+    seconds, before = [], time.perf_counter()
     try:
-        for index, camera in enumerate(cameras_for(spec, request["seed"])):
-            before = time.perf_counter()
-            pixels = renderer.render(camera, engine.view_seed(request["seed"], index))
+        for index, pixels in enumerate(renderer.render_views(cameras, seeds)):
             seconds.append(time.perf_counter() - before)
             wire.send(fd, {"type": "view", "index": index}, pixels.data.cast("B"))
+            before = time.perf_counter()
     finally:
         renderer.close()
     stages = {
         "import": imported - started,
         "freeze": frozen - imported,
-        # The first view also synchronises the scene and builds its BVH.
+        # The first view also synchronises the scene, builds its BVH, and waits for the coverage of all views.
         "first_view": seconds[0],
         "views": sum(seconds),
         "readback": renderer.readback_s,

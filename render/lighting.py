@@ -69,6 +69,23 @@ def _set_environment(strength: float) -> None:
     bpy.context.scene.world = world
 
 
+def show_white_behind() -> None:
+    """Show white to the camera where nothing is hit, also through glass; what lights the object stays as it is."""
+    tree = bpy.context.scene.world.node_tree
+    background = next(node for node in tree.nodes if node.type == "BACKGROUND")
+    path = tree.nodes.new("ShaderNodeLightPath")
+    seen = tree.nodes.new("ShaderNodeMath")
+    seen.operation = "MAXIMUM"
+    strength = tree.nodes.new("ShaderNodeMix")
+    strength.data_type = "FLOAT"
+    tree.links.new(path.outputs["Is Camera Ray"], seen.inputs[0])
+    tree.links.new(path.outputs["Is Transmission Ray"], seen.inputs[1])
+    tree.links.new(seen.outputs[0], strength.inputs["Factor"])
+    strength.inputs["A"].default_value = background.inputs["Strength"].default_value
+    strength.inputs["B"].default_value = 1.0
+    tree.links.new(strength.outputs["Result"], background.inputs["Strength"])
+
+
 def _add_sun(name: str, record: dict[str, Any]) -> None:
     light = bpy.data.lights.new(name, "SUN")
     light.energy = record["irradiance_over_pi"] * math.pi

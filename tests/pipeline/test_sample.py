@@ -43,6 +43,12 @@ def test_lossless_codecs_return_every_pixel_in_four_channels(codec: str, alpha: 
     assert raw.shape == (24, 24, 4), "an opaque picture must keep its alpha channel"
 
 
+def test_invisible_pixels_stay_black_in_lossless_webp() -> None:
+    rgba = noise(5)
+    rgba[8:, 4:] = 0
+    assert (decode_rgba(encode_rgba(rgba, "webp").data) == rgba).all()
+
+
 @pytest.mark.parametrize("alpha", [None, 255])
 def test_lossy_webp_keeps_four_channels(alpha: int | None) -> None:
     rgba = noise(2, alpha)

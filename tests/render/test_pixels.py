@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64encode
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -109,3 +112,55 @@ def test_ambient_is_a_white_world_of_strength_one(tmp_path: Path) -> None:
     grey = image[image[..., 3] == 255][:, :3]
     # 18 % of 1 is sRGB 118; the OBJ importer's surface also reflects about 4 %.
     assert grey.mean() == pytest.approx(121, abs=8)
+
+
+@pytest.mark.parametrize("see_through", ["white", "alpha"])
+def test_13_glass_is_neither_black_nor_a_hole(tmp_path: Path, see_through: str) -> None:
+    """A pane of glass with alpha 0.25: a mask that all views agree on and white behind it, or a translucent pane."""
+    path = write_pane(tmp_path / "pane.gltf", alpha=0.25)
+    sample = render_once(tmp_path, path, resolution_px=64, samples=16, num_views=6, see_through=see_through)
+    for image in images_of(sample):
+        inside = cv2.erode((image[..., 3] > 0).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        assert inside.any()
+        alpha, colour = np.median(image[inside][:, 3]), np.median(image[inside][:, :3])
+        if see_through == "white":
+            assert alpha == 255
+            assert 150 < colour < 250, "three quarters of the white behind must shine through"
+        else:
+            assert 30 < alpha < 160
+
+
+def write_pane(path: Path, alpha: float) -> Path:
+    """Write a glTF of one box, 2 x 2 x 0.2, whose material is black and blended with this alpha."""
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-0.1, 0.1) for z in (-1, 1)], np.float32)
+    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    index = np.array([[a, b, c, a, c, d] for a, b, c, d in quads], np.uint16).reshape(-1)
+    data = corners.tobytes() + index.tobytes()
+    value = {
+        "asset": {"version": "2.0"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1, "material": 0}]}],
+        "materials": [{"alphaMode": "BLEND", "pbrMetallicRoughness": {"baseColorFactor": [0, 0, 0, alpha]}}],
+        "accessors": [
+            {
+                "bufferView": 0,
+                "componentType": 5126,
+                "count": 8,
+                "type": "VEC3",
+                "min": [-1, -0.1, -1],
+                "max": [1, 0.1, 1],
+            },
+            {"bufferView": 1, "componentType": 5123, "count": len(index), "type": "SCALAR"},
+        ],
+        "bufferViews": [
+            {"buffer": 0, "byteLength": corners.nbytes},
+            {"buffer": 0, "byteOffset": corners.nbytes, "byteLength": index.nbytes},
+        ],
+        "buffers": [
+            {"byteLength": len(data), "uri": "data:application/octet-stream;base64," + b64encode(data).decode()}
+        ],
+    }
+    path.write_text(json.dumps(value))
+    return path
