@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -167,6 +168,9 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; SIGTERM acts like Ctrl-C meanwhile."""
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its warnings would bury the one line that says what to do
+    if address:
+        _check_reachable(address)
     options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -192,6 +196,20 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError unless somebody listens at RAY_ADDRESS: Ray itself would go on asking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"Ray at {address} cannot be reached ({error}); give RAY_ADDRESS=host:port of a running head, "
+            "or unset it to run on this machine"
+        ) from None
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -139,7 +139,7 @@ class RenderWorker:
             AssetError: typed, with the tail of what Blender printed.
         """
         started = time.monotonic()
-        seed = derive_seed("sample", self._spec.render.seed, asset.uid)
+        seed = derive_seed("camera", self._spec.render.seed, asset.uid)
         request = self._request(asset, path, seed, expected_triangles)
         child = self._ensure_child()
         ready_s = time.monotonic() - started
