@@ -131,7 +131,7 @@ def test_13_glass_is_neither_black_nor_a_hole(tmp_path: Path, see_through: str) 
 
 
 def write_pane(path: Path, alpha: float) -> Path:
-    """Write a glTF of one box, 2 x 2 x 0.2, whose material is black and blended with this alpha."""
+    """Write a glTF of one box, 2 x 2 x 0.2, whose material is dark blue and blended with this alpha."""
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-0.1, 0.1) for z in (-1, 1)], np.float32)
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     index = np.array([[a, b, c, a, c, d] for a, b, c, d in quads], np.uint16).reshape(-1)
@@ -142,7 +142,7 @@ def write_pane(path: Path, alpha: float) -> Path:
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0}],
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1, "material": 0}]}],
-        "materials": [{"alphaMode": "BLEND", "pbrMetallicRoughness": {"baseColorFactor": [0, 0, 0, alpha]}}],
+        "materials": [{"alphaMode": "BLEND", "pbrMetallicRoughness": {"baseColorFactor": [0, 0, 0.3, alpha]}}],
         "accessors": [
             {
                 "bufferView": 0,
