@@ -116,7 +116,7 @@ def test_ambient_is_a_white_world_of_strength_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("see_through", ["white", "alpha"])
 def test_13_glass_is_neither_black_nor_a_hole(tmp_path: Path, see_through: str) -> None:
-    """A pane with alpha 0.35, two faces thick: a mask that all views agree on and white behind it, or a translucent pane."""
+    """Two faces of alpha 0.35: a mask that all views agree on with white behind it, or a translucent pane."""
     path = write_pane(tmp_path / "pane.gltf", alpha=0.35)
     sample = render_once(tmp_path, path, resolution_px=64, samples=16, num_views=6, see_through=see_through)
     for image in images_of(sample):
