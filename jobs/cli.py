@@ -4,7 +4,7 @@
     lrm-corpus publish --corpus out/corpus
     lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
 
-A mistake of the user's ends in one line on stderr and exit status 2; an interrupt in 130.
+A mistake of the user's ends in one line on stderr and exit status 2; a store that fails or damaged data in 1; an interrupt in 130.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.shard import DamagedDataError
+from pipeline.store import StoreError
 from pipeline.types import UserError
 
 app = typer.Typer(
@@ -162,9 +164,16 @@ def train(
 ) -> None:
     """Train an LRM on a version, streamed by ranged reads; resumes from the newest checkpoint in --out."""
     from lrm.config import load_config
+    from lrm.train import TrainingError
     from lrm.train import train as run
 
-    run(load_config(config, overrides or ()), corpus, parse_version(version), out)
+    try:
+        result = run(load_config(config, overrides or ()), corpus, parse_version(version), out)
+    except TrainingError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if result.stopped:
+        raise KeyboardInterrupt
 
 
 @app.command()
@@ -198,6 +207,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except (StoreError, DamagedDataError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted: committed shards and checkpoints stay; run the same command to go on", err=True)
         sys.exit(130)

@@ -36,7 +36,9 @@ def run_demo(out_dir: Path) -> Path:
     published, new = version.publish(store, version.plan_sets(store))
     _say(f"2/4 publish: version {published.number}{'' if new else ' (unchanged)'}, {published.counts['views']} views")
     _say("3/4 train: a tiny LRM, streamed from the shards by ranged reads")
-    train(load_config("tiny", [f"train.steps={STEPS}"]), corpus, published.number, out_dir / "train")
+    result = train(load_config("tiny", [f"train.steps={STEPS}"]), corpus, published.number, out_dir / "train")
+    if result.stopped:
+        raise KeyboardInterrupt
     _say("4/4 report")
     reader = VersionReader.open(corpus, published.number)
     section = training_section(reader, out_dir / "train", out_dir)
