@@ -4,7 +4,8 @@
     lrm-corpus publish --corpus out/corpus
     lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
 
-A mistake of the user's ends in one line on stderr and exit status 2; a store that fails or damaged data in 1; an interrupt in 130.
+A mistake of the user's ends in one line on stderr and exit status 2; a store that fails or damaged data in 1; an
+interrupt in 130.
 """
 
 from __future__ import annotations
