@@ -7,8 +7,10 @@ JSON value on its last line.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,11 @@ def digest():
 def run_blender(script: str, *args: str) -> Any:
     """Run a script after PRELUDE in a new process; return the JSON value on its last line."""
     command = [sys.executable, "-c", PRELUDE + script, *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # bpy leaves a temporary folder behind
+        environment = os.environ | {"TMPDIR": folder}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
