@@ -33,25 +33,25 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job, small: objects, renders, shards, a version, training, report.html [OUT=out]
-	@$(CLI) demo --out $(OUT)/demo
+	@$(CLI) demo --out '$(OUT)/demo'
 
 plan: $(VENV)/.ready ## freeze the plan of a spec [SPEC= CORPUS= SET="key=value ..." JSON=1]
-	@$(CLI) plan --spec $(SPEC) --corpus $(CORPUS) $(flags_set) $(flags_json)
+	@$(CLI) plan --spec '$(SPEC)' --corpus '$(CORPUS)' $(flags_set) $(flags_json)
 
 render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 SET="render.samples=32 ..." JSON=1]
-	@$(CLI) render --spec $(SPEC) --corpus $(CORPUS) --shards '$(SHARDS)' $(flags_set) $(flags_json)
+	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
 
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1]
-	@$(CLI) publish --corpus $(CORPUS) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec $(SPEC)) $(flags_set) $(flags_json)
+	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
 status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]
-	@$(CLI) status --corpus $(CORPUS) $(flags_json)
+	@$(CLI) status --corpus '$(CORPUS)' $(flags_json)
 
 report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=latest OUT=out]
-	@$(CLI) report --corpus $(CORPUS) --version $(VERSION) --out $(OUT)/report
+	@$(CLI) report --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/report'
 
 train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
-	@$(CLI) train --corpus $(CORPUS) --version $(VERSION) --config $(CONFIG) --out $(OUT)/train $(flags_set)
+	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
 	$(BIN)/python -m pytest $(TESTS)
@@ -67,7 +67,7 @@ format: $(VENV)/.ready ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 s3-up: $(VENV)/.ready ## a real S3 server on loopback, over OUT/s3, until Ctrl-C [OUT=out]
-	@$(BIN)/python -m tests.s3 $(OUT)/s3
+	@$(BIN)/python -m tests.s3 '$(OUT)/s3'
 
 clean: ## remove OUT (renders, versions, checkpoints of the default folders)
 	rm -rf $(OUT)

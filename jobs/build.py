@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import socket
-import tempfile
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,8 +38,7 @@ from pipeline.spec import DatasetSpec
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
 from render import producer
-
-log = logging.getLogger(__name__)
+from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
 OBJECT_STORE_BYTES = 2 * 2**30
@@ -172,10 +171,19 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     if address:
         _check_reachable(address)
     options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
+    logs = None
     if not address:
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray keeps the logs of every session for ever; one's own folder can go with the session.
+        logs = ScratchFolder(Path("/tmp"), prefix="lrm-ray-")
+        options |= {
+            "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(logs.path),
+        }  # fmt: skip
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+    except SystemExit:  # ray.init puts a SIGTERM handler of its own in place, which exits
+        ray.shutdown()
+        raise KeyboardInterrupt from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         text = str(error).strip().split("\n", 1)[0]
         raise UserError(
@@ -184,7 +192,7 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
         ) from None
     # Leaving ends every task of ours: shutdown stops a local cluster, and a joined one kills the workers of a driver
     # that has gone. ray.cancel(force=True) would only race with replies: Ray 2.60 aborts the driver when it loses.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, handler if callable(handler) else _interrupt)
     try:
         cpus = ray.cluster_resources().get("CPU", 0.0)
         if cpus < spec.workers.num_cpus:
@@ -194,8 +202,11 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
             )
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)
+        if logs is not None:
+            logs.close()
+            ScratchFolder(None, newborn_s=0.5).close()  # killed workers leave their Blender's folder: sweep it
 
 
 def _check_reachable(address: str) -> None:
@@ -228,9 +239,11 @@ def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
 def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> bool:
     """Write, verify, store and commit one shard; its results come by reference. Returns whether it is ours."""
-    with tempfile.TemporaryDirectory(prefix="lrm-shard-") as scratch:
-        _, ours = receipt.commit_shard(store, plan, dict(zip(uids, results)), Path(scratch))
-    return ours
+    scratch = ScratchFolder(None, prefix="lrm-shard-")  # also removes what a killed worker left: tars are large
+    try:
+        return receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[1]
+    finally:
+        scratch.close()
 
 
 class _Driver:
@@ -332,7 +345,9 @@ class _Driver:
                     f"shard {shard.plan.index} could not be stored in {MAX_SHARD_TRIES} tries: {cause}; "
                     "nothing of it was committed; mend the cause and run the same command again"
                 ) from None
-            log.warning("shard %d: assembly failed, making it again: %s", shard.plan.index, type(error).__name__)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {cause}", file=sys.stderr)
+            time.sleep(2.0**shard.tries)
             self._restart(shard, isinstance(error, RayTaskError))
             return
         self.summary.shards_committed += 1

@@ -4,8 +4,8 @@
     lrm-corpus publish --corpus out/corpus
     lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
 
-A mistake of the user's ends in one line on stderr and exit status 2; a store that fails or damaged data in 1; an
-interrupt in 130.
+What the user can mend ends in one line on stderr and exit status 2: a wrong setting, a store that fails, damaged data.
+An interrupt ends in 130.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -189,13 +191,15 @@ def parse_version(text: str) -> int | None:
     """Return a version number, or None for "latest"."""
     if text == "latest":
         return None
-    if not text.isdigit() or not 0 < int(text) < 10**6:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 10**6:
         raise UserError(f"VERSION={text}: expected a number from 1, or latest")
     return int(text)
 
 
 def main() -> None:
     """Run the command line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     # Idle OpenMP threads that spin take the cores from Blender and from the loader: 6 s a step instead of 0.25 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     handler = logging.StreamHandler()
@@ -208,12 +212,15 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except (StoreError, DamagedDataError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: committed shards and checkpoints stay; run the same command to go on", err=True)
-        sys.exit(130)
+    except (StoreError, DamagedDataError, OSError) as error:
+        typer.echo(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", err=True)
+        sys.exit(2)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C says nothing more
+    typer.echo("\ninterrupted: committed shards and checkpoints stay; run the same command to go on", err=True)
+    raise KeyboardInterrupt  # which typer turns into exit status 130
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pipeline import manifest, version
-from pipeline.spec import DatasetSpec
+from pipeline.spec import spec_of_json
 from pipeline.store import Store
 
 
@@ -26,7 +26,7 @@ def corpus_status(store: Store) -> dict[str, Any]:
             kinds.update(kind for kind in receipt.rows["failure_kind"].to_pylist() if kind)
             retryable += sum(bool(value) for value in receipt.rows["retryable"].to_pylist())
             num_bytes += receipt.shard_bytes
-        spec = DatasetSpec.model_validate_json(plan.spec_json)
+        spec = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}")
         plans.append(
             {
                 "plan_set": plan.id,
@@ -49,7 +49,7 @@ def status_text(status: dict[str, Any]) -> str:
     """Return the status as lines for people."""
     lines = [f"corpus {status['corpus']}: {status['versions']} published version(s)"]
     if not status["plans"]:
-        lines.append("no plan yet: run `make render SPEC=jobs/specs/demo.toml CORPUS=...`")
+        lines.append("no plan here: run `make render SPEC=jobs/specs/demo.toml CORPUS=...` to add samples")
     for plan in status["plans"]:
         shards, failed = plan["shards"], sum(plan["failures"].values())
         open_objects = plan["planned"] - plan["samples"] - failed

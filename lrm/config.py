@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipeline.spec import apply_overrides, read_toml, validate_config
 from pipeline.types import UserError
 
-Strict = ConfigDict(extra="forbid", frozen=True)
+Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 CONFIG_DIR = Path(__file__).parent / "configs"
 MAX_SEED = 2**63 - 1
 

@@ -352,6 +352,7 @@ def _check_image(document: Document, views: list[memoryview], image: Json, where
         with path.open("rb") as file:
             head = file.read(sniff.HEAD_BYTES)
     found = sniff.image_format(head)
+    sniff.check_image_size(head, name)
     if found == "ktx2":
         raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{name} is a KTX2 texture, which Blender cannot decode")
     if found is None:

@@ -26,8 +26,11 @@ _MAX_MTL_BYTES = 16 << 20
 _MAX_PLY_HEADER_BYTES = 1 << 20
 _MAX_ZIP_ENTRIES = 10_000
 _USD_FORMATS = ("usd", "usda", "usdc")
-# What Blender's importer reads from an MTL file; map_Ka, for one, it passes over.
+# Paths stand between at-signs. Only those with a known ending count, since comments may hold mail addresses, and none
+# with <UDIM>, which stands for a number.
+_USDA_ASSETS = re.compile(rb"@([^@\s<>]{1,1000}\.(usd[acz]?|png|jpe?g|exr|hdr|tiff?|webp))@", re.IGNORECASE)
 _OBJ_TOKENS = re.compile(rb"^[ \t]*(?:(v|f|mtllib|usemtl)[ \t]+([^\r\n]*))", re.MULTILINE)
+# What Blender's importer reads from an MTL file; map_Ka, for one, it passes over.
 _MAP_NAMES = frozenset(
     {b"map_kd", b"map_ks", b"map_ns", b"map_d", b"map_ke", b"map_bump", b"bump", b"refl", b"map_refl"}
     | {b"map_pr", b"map_pm", b"map_ps", b"norm", b"disp", b"map_disp"}
@@ -96,7 +99,7 @@ def check_obj(path: Path, max_triangles: int) -> None:
     A missing material library is allowed, since Blender then gives plain grey.
 
     Raises:
-        AssetError: NOT_AN_ASSET, EMPTY_SCENE, TOO_LARGE, CORRUPT_FILE, MISSING_TEXTURE.
+        AssetError: NOT_AN_ASSET, EMPTY_SCENE, DEGENERATE_GEOMETRY, TOO_LARGE, CORRUPT_FILE, MISSING_TEXTURE.
     """
     head = _head(path)
     if b"\x00" in head:
@@ -108,6 +111,9 @@ def check_obj(path: Path, max_triangles: int) -> None:
         for token, rest in _OBJ_TOKENS.findall(block):
             if token == b"v":
                 num_vertices += 1
+                if b"n" in rest.lower():  # only nan and inf have one
+                    kind = FailureKind.DEGENERATE_GEOMETRY
+                    raise AssetError(kind, f"vertex {num_vertices} is not finite: {show(rest[:60])}")
             elif token == b"f":
                 num_faces += 1
             elif token == b"mtllib":
@@ -186,6 +192,7 @@ def _check_texture(folder: Path, name: str, *, needed: bool) -> None:
         raise AssetError(FailureKind.MISSING_TEXTURE, f"texture {show(name)} is not beside the asset")
     head = _head(path)
     found = sniff.image_format(head)
+    sniff.check_image_size(head, f"texture {show(name)}")
     if found is None and path.suffix.lower() not in _UNSNIFFED_IMAGES:
         what = sniff.describe(head) if head else "empty"
         raise AssetError(FailureKind.MISSING_TEXTURE, f"texture {show(name)} is no image that Blender reads: {what}")
@@ -329,10 +336,11 @@ def check_usd(path: Path, max_triangles: int) -> None:
     """Check a USD file of any kind by its magic: the ending .usd allows text and binary, and exporters mix them up.
 
     Raises:
-        AssetError: NOT_AN_ASSET, TRUNCATED, CORRUPT_FILE, TOO_LARGE.
+        AssetError: NOT_AN_ASSET, TRUNCATED, CORRUPT_FILE, TOO_LARGE, MISSING_RESOURCE, MISSING_TEXTURE.
     """
     size, head = path.stat().st_size, _head(path)
     if head.startswith(b"#usda"):
+        _check_usda_references(path)
         return
     if head.startswith(b"PK\x03\x04"):
         check_usdz(path, max_triangles)
@@ -345,6 +353,17 @@ def check_usd(path: Path, max_triangles: int) -> None:
         if toc < 24 or toc > size - 8:
             kind = FailureKind.TRUNCATED if toc > size - 8 else FailureKind.CORRUPT_FILE
             raise AssetError(kind, f"a binary USD file of {size} bytes with its table of contents at {toc}")
+
+
+def _check_usda_references(path: Path) -> None:
+    """Check that the layers and pictures that a text USD names lie in its folder: Blender leaves out what it lacks."""
+    for block in _blocks(path):
+        for raw, ending in _USDA_ASSETS.findall(block):
+            name = raw.decode("utf-8", "surrogateescape")
+            if find(path.parent, relative_path(name)) is None:
+                layer = ending.lower().startswith(b"usd")
+                kind = FailureKind.MISSING_RESOURCE if layer else FailureKind.MISSING_TEXTURE
+                raise AssetError(kind, f"{show(name)}, which the file refers to, is not beside it")
 
 
 def check_usdz(path: Path, max_triangles: int) -> None:  # noqa: ARG001

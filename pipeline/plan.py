@@ -143,19 +143,28 @@ def to_parquet(plan: PlanSet) -> bytes:
 
 
 def from_parquet(data: bytes, plan_set_id: str, where: str) -> PlanSet:
-    """Read the file of a plan set and check its digests."""
-    try:
-        table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"corpus {where}: plan {plan_set_id} is not readable Parquet: {error}") from None
-    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items() if not k.startswith(b"ARROW")}
-    check_schema(metadata.get("schema"), where, f"plan {plan_set_id}")
+    """Read the file of a plan set and check its digests.
+
+    Raises:
+        UserError: if it is damaged, or was written under another schema.
+    """
+    what = f"corpus {where}: plan {plan_set_id}"
     shards: dict[int, list[Asset]] = {}
     ids: dict[int, str] = {}
-    for row in table.select(_COLUMNS.names).to_pylist():
-        index = row.pop("shard")
-        ids[index] = row.pop("plan_id")
-        shards.setdefault(index, []).append(Asset(**row))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        stored = table.schema.metadata or {}
+        metadata = {name: stored.get(name.encode(), b"").decode() for name in ("schema", "name", "fingerprint", "spec")}
+        check_schema(metadata["schema"], where, f"plan {plan_set_id}")
+        for row in table.select(_COLUMNS.names).to_pylist():
+            index = row.pop("shard")
+            ids[index] = row.pop("plan_id")
+            shards.setdefault(index, []).append(Asset(**row))
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        text = str(error).split("\n", 1)[0]
+        raise UserError(f"{what} is damaged ({text}); restore it, or render into another CORPUS") from None
     fingerprint = metadata["fingerprint"]
     plans = tuple(
         ShardPlan(plan_id=ids[index], index=index, fingerprint=fingerprint, assets=tuple(assets))
@@ -163,7 +172,7 @@ def from_parquet(data: bytes, plan_set_id: str, where: str) -> PlanSet:
     )
     for shard in plans:
         if plan_id_of(shard.index, fingerprint, shard.assets) != shard.plan_id:
-            raise UserError(f"corpus {where}: plan {plan_set_id}: shard {shard.index} does not match its digest")
+            raise UserError(f"{what}: shard {shard.index} does not match its digest; restore the plan")
     return PlanSet(
         id=plan_set_id, name=metadata["name"], fingerprint=fingerprint, spec_json=metadata["spec"], shards=plans
     )

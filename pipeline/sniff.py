@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+
+from pipeline.types import AssetError, FailureKind
 
 HEAD_BYTES = 4096
 
@@ -70,6 +73,25 @@ def describe(head: bytes) -> str:
     if text.startswith(b"<"):
         return "XML text"
     return f"bytes {head[:8].hex(' ')}"
+
+
+MAX_IMAGE_PIXELS = 2**28
+"""Largest texture: 16384 x 16384. Blender takes 4 bytes a pixel at once; a flat PNG of any size is small on disk."""
+
+
+def check_image_size(head: bytes, name: str) -> None:
+    """Refuse a PNG whose header promises more pixels than `MAX_IMAGE_PIXELS`.
+
+    Raises:
+        AssetError: TOO_LARGE.
+    """
+    if image_format(head) != "png" or len(head) < 24:
+        return
+    width, height = struct.unpack(">II", head[16:24])
+    if width * height > MAX_IMAGE_PIXELS:
+        raise AssetError(
+            FailureKind.TOO_LARGE, f"{name} has {width} x {height} px; at most {MAX_IMAGE_PIXELS} pixels are allowed"
+        )
 
 
 def image_format(head: bytes) -> str | None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.types import PlaneName, UserError
 
-Strict = ConfigDict(extra="forbid", frozen=True)
+Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -213,6 +213,14 @@ def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Da
     return validate_config(DatasetSpec, data, str(path))
 
 
+def spec_of_json(text: str, where: str) -> DatasetSpec:
+    """Read the spec that a plan or a version holds; one of another release is a UserError."""
+    try:
+        return validate_config(DatasetSpec, json.loads(text), where)
+    except ValueError as error:
+        raise UserError(f"{where}: the spec in it cannot be read: {error}") from None
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a TOML file; a missing or malformed one is a UserError."""
     try:
@@ -233,9 +241,12 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         if not separator or not name.strip():
             raise UserError(f"--set {item!r}: expected section.key=value, such as render.samples=32")
         try:
-            value = tomllib.loads(f"v = {text}")["v"]
+            parsed = tomllib.loads(f"v = {text}")
         except tomllib.TOMLDecodeError:
-            value = text
+            parsed = {"v": text}
+        if set(parsed) != {"v"}:
+            raise UserError(f"--set {item!r}: one setting at a time; repeat --set for more")
+        value = parsed["v"]
         *sections, key = name.strip().split(".")
         target = data
         for section in sections:

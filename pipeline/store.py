@@ -47,6 +47,10 @@ class StoreError(Exception):
     """The store did not do what was asked: names the key and the operation."""
 
 
+class MissingObjectError(StoreError, FileNotFoundError):
+    """There is no object of that key."""
+
+
 class UnknownOutcomeError(StoreError):
     """A conditional create whose reply was lost and whose result could not be read back. Nothing was deleted."""
 
@@ -139,7 +143,7 @@ class Store:
                 raise StoreError(f"{self.url}: {key} has {size} bytes; at most {max_bytes} are allowed")
             data = bytes(result.bytes())
         except (NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(f"{self.url}: there is no {key}") from None
+            raise MissingObjectError(f"{self.url}: there is no {key}") from None
         except (BaseError, OSError) as error:
             raise StoreError(f"{self.url}: reading {key} failed: {_short(error)}") from error
         if len(data) != size:
@@ -157,7 +161,7 @@ class Store:
         try:
             parts = obstore.get_ranges(self.backend, key, starts=starts, lengths=lengths, coalesce=max_gap_bytes)
         except (NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(f"{self.url}: there is no {key}") from None
+            raise MissingObjectError(f"{self.url}: there is no {key}") from None
         except (BaseError, OSError) as error:
             raise StoreError(f"{self.url}: reading ranges of {key} failed: {_short(error)}") from error
         data = [bytes(part) for part in parts]
@@ -193,7 +197,7 @@ class Store:
                 digest.update(chunk)
                 count += len(chunk)
         except (NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(f"{self.url}: there is no {key}") from None
+            raise MissingObjectError(f"{self.url}: there is no {key}") from None
         except (BaseError, OSError) as error:
             raise StoreError(f"{self.url}: reading {key} failed: {_short(error)}") from error
         return digest.hexdigest(), count
@@ -228,6 +232,8 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
     Raises:
         UserError: if the URL is malformed, or the folder is missing or not a folder.
     """
+    if not url.strip():
+        raise UserError("CORPUS is empty; give a folder, or an s3://, gs:// or az:// URL")
     scheme = urlsplit(url).scheme
     if scheme == "memory":
         return Store(url, _memory_stores.setdefault(url, MemoryStore()), None)

@@ -23,11 +23,12 @@ import pyarrow as pa
 from pipeline import SCHEMA, manifest, plan
 from pipeline.plan import PlanSet, check_schema
 from pipeline.shard import shard_key
-from pipeline.spec import DatasetSpec, canonical_json, digest_json
+from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
 from pipeline.store import Outcome, Store
 from pipeline.types import UserError
 
 MAX_VERSION_BYTES = 64 * 2**20
+_NOT_IN_DIGEST = ("number", "digest", "parent", "code_commit", "created_at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,9 @@ def open_version(store: Store, number: int | None = None) -> Version:
     if not isinstance(record, dict):
         raise UserError(f"corpus {store.url}: version {number} is not a JSON object")
     check_schema(record.get("schema"), store.url, f"version {number}")
+    body = {name: value for name, value in record.items() if name not in _NOT_IN_DIGEST}
+    if record.get("digest") != digest_json(body):
+        raise UserError(f"corpus {store.url}: version {number} does not match its digest; restore its file")
     try:
         return Version(
             number=number,
@@ -107,7 +111,12 @@ def open_version(store: Store, number: int | None = None) -> Version:
 
 def open_rows(store: Store, version: Version) -> pa.Table:
     """Read the manifest of a version, checked against its digest."""
-    data = store.get(manifest.manifest_key(version.manifest_sha256))
+    try:
+        data = store.get(manifest.manifest_key(version.manifest_sha256))
+    except FileNotFoundError:
+        raise UserError(
+            f"corpus {store.url}: the manifest of version {version.number} is missing; restore it"
+        ) from None
     if len(data) != version.manifest_bytes or hashlib.sha256(data).hexdigest() != version.manifest_sha256:
         raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
     return pa.parquet.read_table(pa.BufferReader(data))
@@ -133,11 +142,11 @@ def publish(store: Store, plans: list[PlanSet]) -> tuple[Version, bool]:
     receipts = [r for p in plans for r in manifest.load_receipts(store, [shard.plan_id for shard in p.shards])]
     if not receipts:
         raise UserError(f"corpus {store.url}: no shard is committed yet; run `make render CORPUS={store.url}` first")
-    spec = DatasetSpec.model_validate_json(plans[-1].spec_json)
+    spec = spec_of_json(plans[-1].spec_json, f"corpus {store.url}: plan {plans[-1].id}")
     table = manifest.merge(receipts, spec)
     _check_shards(store, table)
     data, sha256 = manifest.to_parquet(table)
-    store.create(manifest.manifest_key(sha256), data)
+    _create_same(store, manifest.manifest_key(sha256), data)
     body = {
         "schema": SCHEMA,
         "name": spec.name,
@@ -154,13 +163,15 @@ def publish(store: Store, plans: list[PlanSet]) -> tuple[Version, bool]:
 
 def _create_next(store: Store, body: dict[str, Any], table: pa.Table) -> tuple[Version, bool]:
     digest = digest_json(body)
+    shards = sorted(set(table["shard_sha256"].drop_null().to_pylist()))
+    text = "".join(f"{shard_key(sha256)}\n" for sha256 in shards).encode()
     while True:
         parent = latest_number(store)
         if parent and open_version(store, parent).digest == digest:
+            # A publisher that died between its two writes left the list out.
+            _create_same(store, f"versions/{parent:06d}.shards.txt", text)
             return open_version(store, parent), False
         number = parent + 1
-        shards = sorted(set(table["shard_sha256"].drop_null().to_pylist()))
-        text = "".join(f"{shard_key(sha256)}\n" for sha256 in shards)
         record = body | {
             "number": number,
             "digest": digest,
@@ -169,9 +180,18 @@ def _create_next(store: Store, body: dict[str, Any], table: pa.Table) -> tuple[V
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         if store.create(version_key(number), canonical_json(record)) is not Outcome.CONFLICT:
-            store.create(f"versions/{number:06d}.shards.txt", text.encode())
+            _create_same(store, f"versions/{number:06d}.shards.txt", text)
             return open_version(store, number), True
         # another publisher took the number: look again, it may even have published the same
+
+
+def _create_same(store: Store, key: str, data: bytes) -> None:
+    """Create an object whose bytes are a function of its name; refuse one that stands there with others."""
+    if store.create(key, data) is Outcome.CONFLICT:
+        raise UserError(
+            f"corpus {store.url}: {key} is damaged: it holds other bytes than this version's; "
+            "move it away and publish again"
+        )
 
 
 def _check_shards(store: Store, table: pa.Table) -> None:

@@ -74,18 +74,19 @@ class LogRing:
 class ScratchFolder:
     """A folder under a lock: removed on close, and by the next owner of a folder beside it if its owner was killed."""
 
-    def __init__(self, root: Path | None, newborn_s: float = 60.0) -> None:
+    def __init__(self, root: Path | None, newborn_s: float = 60.0, prefix: str = _FOLDER_PREFIX) -> None:
+        self._prefix = prefix
         self._root = Path(root if root is not None else tempfile.gettempdir())
         self._root.mkdir(parents=True, exist_ok=True)
         self._sweep(newborn_s)
-        self.path = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=self._root))
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self._root))
         # The folder itself carries the lock; the kernel frees it when the owner dies, however it dies.
         self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def _sweep(self, newborn_s: float) -> None:
         old = time.time() - newborn_s  # a folder younger than this may wait for its owner's lock
-        for path in self._root.glob(f"{_FOLDER_PREFIX}*"):
+        for path in self._root.glob(f"{self._prefix}*"):
             with contextlib.suppress(OSError):
                 if path.is_symlink() or path.stat().st_uid != os.getuid() or path.stat().st_ctime > old:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -11,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobs.status import corpus_status
 from pipeline import plan as plans
 from pipeline import receipt, version
 from pipeline.reader import DamagedDataError, VersionReader
@@ -232,3 +234,68 @@ def test_bad_shard_lists_are_one_clear_line(text: str) -> None:
 def test_assets_that_share_a_key_are_refused() -> None:
     with pytest.raises(UserError, match="uids must differ"):
         plans.deal([make_asset("a"), replace(make_asset("a"))], 2, "f")
+
+
+def published(tmp_path: Path) -> tuple[Store, plans.PlanSet]:
+    store = open_store(str(tmp_path / "corpus"))
+    plan = make_plan(store)
+    commit_all(store, plan, tmp_path)
+    version.publish(store, [plan])
+    return store, plan
+
+
+def test_a_list_of_shards_that_was_never_written_is_written_by_the_next_publish(tmp_path: Path) -> None:
+    store, plan = published(tmp_path)
+    path = tmp_path / "corpus/versions/000001.shards.txt"
+    before = path.read_bytes()
+    path.unlink()
+    assert version.publish(store, [plan])[1] is False
+    assert path.read_bytes() == before
+    path.write_bytes(before[:10])
+    with pytest.raises(UserError, match="is damaged"):
+        version.publish(store, [plan])
+
+
+def test_a_damaged_manifest_is_not_published_again(tmp_path: Path) -> None:
+    store, plan = published(tmp_path)
+    path = next((tmp_path / "corpus/manifests").iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged"):
+        version.publish(store, [plan])
+    with pytest.raises(UserError, match="differs from its digest"):
+        VersionReader.open(str(tmp_path / "corpus"))
+    path.unlink()
+    with pytest.raises(UserError, match="manifest of version 1 is missing"):
+        VersionReader.open(str(tmp_path / "corpus"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.sampled_from(["plans", "receipts", "manifests", "versions"]), at=st.floats(0, 1), cut=st.booleans())
+def test_any_damage_to_a_record_is_one_typed_error_or_does_no_harm(
+    damaged_corpus: Path, part: str, at: float, cut: bool
+) -> None:
+    """A flipped bit or a cut anywhere in a record: reading verbs raise UserError or DamagedDataError, nothing else."""
+    path = sorted((damaged_corpus / part).iterdir())[0]
+    whole = path.read_bytes()
+    data, place = bytearray(whole), min(int(at * len(whole)), len(whole) - 1)
+    data[place] ^= 0x10
+    path.write_bytes(whole[:place] if cut else bytes(data))
+    try:
+        store = open_store(str(damaged_corpus))
+        with contextlib.suppress(UserError, DamagedDataError):
+            corpus_status(store)
+        with contextlib.suppress(UserError, DamagedDataError):
+            version.publish(store, version.plan_sets(store))
+        with contextlib.suppress(UserError, DamagedDataError):
+            VersionReader(store, version.open_version(store, 1)).read_views(0, [0])
+    finally:
+        path.write_bytes(whole)
+        for extra in (damaged_corpus / "versions").glob("00000[2-9]*"):
+            extra.unlink()
+
+
+@pytest.fixture(scope="module")
+def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged")
+    published(folder)
+    return folder / "corpus"

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.admission import check_file
 from pipeline.spec import AdmissionSpec
-from pipeline.types import FailureKind
+from pipeline.types import AssetError, FailureKind
 from tests.pipeline.test_admission import PNG, K, kind_of
 
 
@@ -256,3 +257,47 @@ def test_fuzz_other_formats(tmp_path: Path, data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=8))
     kind_of(write(tmp_path, "fuzz", bytes(content)), format)
+
+
+@pytest.mark.parametrize("vertex", ["nan nan nan", "1 INF 0", "0 0 -inf"])
+def test_an_obj_with_a_vertex_that_is_not_finite_is_degenerate(tmp_path: Path, vertex: str) -> None:
+    path = tmp_path / "bad.obj"
+    path.write_text(f"v 0 0 0\nv 1 0 0\nv {vertex}\nf 1 2 3\n")
+    with pytest.raises(AssetError, match="not finite") as caught:
+        check_file(path, "obj", AdmissionSpec())
+    assert caught.value.kind is FailureKind.DEGENERATE_GEOMETRY
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [
+        ("@./gone.usda@", "missing_resource"),
+        ("@textures/gone.png@", "missing_texture"),
+        ("@/etc/gone.usd@", "corrupt_file"),
+        ("@../gone.usdc@", "corrupt_file"),
+    ],
+)
+def test_a_text_usd_names_what_it_lacks(tmp_path: Path, reference: str, kind: str) -> None:
+    path = tmp_path / "scene.usda"
+    path.write_text(f'#usda 1.0\n# by me@home.org and you@home.org\ndef "a" (references = {reference}) {{}}\n')
+    with pytest.raises(AssetError) as caught:
+        check_file(path, "usda", AdmissionSpec())
+    assert caught.value.kind.value == kind
+
+
+def test_a_text_usd_with_its_files_beside_it_passes(tmp_path: Path) -> None:
+    (tmp_path / "there.usda").write_text("#usda 1.0\n")
+    path = tmp_path / "scene.usda"
+    path.write_text('#usda 1.0\n# by me@home.org and you@home.org\ndef "a" (references = @./there.usda@</a>) {}\n')
+    check_file(path, "usda", AdmissionSpec())
+
+
+def test_a_texture_of_absurd_size_is_too_large(tmp_path: Path) -> None:
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60000, 60000, 8, 6, 0, 0, 0)
+    (tmp_path / "big.png").write_bytes(header)
+    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd big.png\n")
+    path = tmp_path / "a.obj"
+    path.write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl m\nf 1 2 3\n")
+    with pytest.raises(AssetError, match="60000 x 60000") as caught:
+        check_file(path, "obj", AdmissionSpec())
+    assert caught.value.kind is FailureKind.TOO_LARGE
