@@ -164,7 +164,11 @@ def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
 
 @contextmanager
 def _ray_session(spec: DatasetSpec) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; SIGTERM acts like Ctrl-C meanwhile."""
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; SIGTERM acts like Ctrl-C meanwhile.
+
+    Not promised: for the second in which ray.init connects, SIGTERM belongs to Ray's own C++ handler, which aborts the
+    driver with a stack trace. Its processes end with it and nothing was committed yet.
+    """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its warnings would bury the one line that says what to do

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,3 +105,40 @@ def test_help_lists_the_verbs() -> None:
     assert all(verb in text for verb in ("render", "publish", "status", "report", "train", "demo"))
     made = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"make {verb}" in made for verb in ("demo", "render", "publish", "status", "train", "test"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_said_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    spec = tmp_path / "spec.toml"
+    spec.write_text(GOOD.replace("num_objects = 4", "num_objects = 40"))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "render", "--spec", str(spec), "--corpus", str(tmp_path / "c")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert driver.stderr is not None
+    said = b""
+    while b"render:" not in said:  # the bar stands once Ray does
+        said += (piece := driver.stderr.read1(1000))  # type: ignore[attr-defined]
+        assert piece, said
+    time.sleep(3)
+    tree = psutil.Process(driver.pid).children(recursive=True)
+    begun = time.monotonic()
+    driver.send_signal(number)
+    said = driver.communicate(timeout=30)[1]
+    assert time.monotonic() - begun < 10
+    assert driver.returncode == 130, said
+    assert b"interrupted: committed shards" in said
+    assert b"Traceback" not in said
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not alive, [process.name() for process in alive]
+
+
+def test_damage_and_bad_folders_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "x.parquet").write_bytes(b"PAR1 nothing PAR1")
+    for verb in ("status", "publish"):
+        refused(run(verb, "--corpus", str(tmp_path)), "plan x is damaged")
+    refused(run("plan", "--spec", "jobs/specs/demo.toml", "--corpus", ""), "CORPUS is empty")
+    refused(run("train", "--corpus", str(tmp_path), "--version", "²", "--out", str(tmp_path / "o")), "VERSION=²")
+    limits = ("--set", "limits.deadline_s=inf")
+    refused(run("plan", "--spec", "jobs/specs/demo.toml", "--corpus", str(tmp_path / "c"), *limits), "deadline_s")
