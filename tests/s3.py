@@ -7,6 +7,7 @@ some seconds after the gateway answers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -55,7 +56,14 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         "AWS_REGION": "us-east-1",
     }
     with (folder / "weed.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=folder,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl alone
+        )
         try:
             _make_bucket(str(weed), ports["master"], ports["filer"], folder)
             _wait(environment, server)
@@ -64,6 +72,11 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill the server with the process that started it, however that ends (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def _make_bucket(weed: str, master: int, filer: int, folder: Path) -> None:
@@ -100,12 +113,18 @@ def _wait(environment: dict[str, str], server: subprocess.Popen[bytes]) -> None:
     raise TimeoutError(f"SeaweedFS took no write within {START_TIMEOUT_S:.0f} s: {done.stderr[-500:]!r}")
 
 
+def _stop(_number: int, _frame: object) -> None:
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)  # a terminal's Ctrl-C often comes twice, from it and from make
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    with s3_server(Path(sys.argv[1]).resolve()) as variables:
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _stop)
+    with contextlib.suppress(KeyboardInterrupt), s3_server(Path(sys.argv[1]).resolve()) as variables:
         print(f"# an S3 server is up; corpora go to s3://{BUCKET}/NAME; Ctrl-C ends it", flush=True)
         for name, value in variables.items():
             print(f"export {name}={value}", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print("# ended")
+        signal.pause()
+    print("# ended")
