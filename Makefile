@@ -41,7 +41,7 @@ plan: $(VENV)/.ready ## freeze the plan of a spec [SPEC= CORPUS= SET="key=value 
 render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 SET="render.samples=32 ..." JSON=1]
 	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
 
-publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1]
+publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1; SPEC= SET= for one plan of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
 status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]

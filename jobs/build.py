@@ -158,7 +158,10 @@ def _skip_committed(store: Store, asked: Sequence[ShardPlan], summary: Summary) 
 @contextmanager
 def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
     done = summary.samples + sum(summary.failures.values())
-    with tqdm(total=summary.planned, initial=done, unit="obj", desc="render", disable=not show, smoothing=0.1) as bar:
+    # In a log file a bar that redraws itself is a line each time.
+    pace = {} if sys.stderr.isatty() else {"mininterval": 20.0, "ascii": True}
+    options = {"unit": "obj", "desc": "render", "disable": not show, "smoothing": 0.1} | pace
+    with tqdm(total=summary.planned, initial=done, **options) as bar:
         yield bar
 
 
@@ -171,8 +174,9 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its warnings would bury the one line that says what to do
     if address:
+        # Ray's warnings about a head that refuses us would bury the one line that says what to do.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         _check_reachable(address)
     options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
     logs = None
@@ -280,7 +284,7 @@ class _Driver:
                     self._made(reference)
                 else:
                     self._assembled(reference)
-            self.bar.set_postfix_str(self._postfix(), refresh=not done)
+            self.bar.set_postfix_str(self._postfix(), refresh=not done and sys.stderr.isatty())
 
     def _submit(self) -> None:
         for index in sorted(self.open):

@@ -31,6 +31,8 @@ def run_demo(out_dir: Path) -> Path:
     corpus = str(out_dir / "corpus")
     _say("1/4 render: 12 procedural objects, 32 views each, in 2 shards")
     summary = build(load_spec(SPEC), corpus)
+    if summary.shards_committed == 0:
+        _say("    nothing to do: both shards are committed")
     _say(f"    {summary.planned} planned = {summary.samples} samples + {sum(summary.failures.values())} failures")
     store = open_store(corpus)
     published, new = version.publish(store, version.plan_sets(store))
@@ -63,7 +65,11 @@ def training_section(reader: VersionReader, train_dir: Path, out_dir: Path) -> S
             "a line an object: the input view, then pairs of true and predicted views it was not given",
         ),
     ]
-    return Section(title="Training", images=images, table=table)
+    text = (
+        f"A tiny model after {STEPS} steps, about two minutes of CPU: place, size and main colour of an object "
+        "show, its detail does not. The larger presets in lrm/configs/ are for GPUs."
+    )
+    return Section(title="Training", text=text, images=images, table=table)
 
 
 def _say(text: str) -> None:

@@ -46,7 +46,7 @@ def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
     """Merge receipts into one table of the stable columns, sorted by source and uid: a pure function.
 
     Raises:
-        UserError: if a uid has two different samples, or samples under two fingerprints.
+        UserError: if a uid has two different samples, or rows under two fingerprints.
     """
     stable = [name for name in STABLE.names if name != "heldout"]
     table = pa.concat_tables([receipt.rows.select(stable).replace_schema_metadata(None) for receipt in receipts])
@@ -61,10 +61,14 @@ def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
     for i, (name, source) in enumerate(zip(names, sources)):
         if keep and (names[keep[-1]], sources[keep[-1]]) == (name, source):
             first = keep[-1]
-            if status[i] == "sample" and (shards[i], offsets[i]) != (shards[first], offsets[first]):
-                what = "two fingerprints" if prints[i] != prints[first] else "one fingerprint"
+            if prints[i] != prints[first]:
                 raise UserError(
-                    f"asset {name!r} of source {source} has two different samples under {what}; "
+                    f"asset {name!r} of source {source} was rendered under two fingerprints, by two specs or releases; "
+                    "name the spec to publish with SPEC= (and the SET= that it was rendered with)"
+                )
+            if status[i] == "sample" and (shards[i], offsets[i]) != (shards[first], offsets[first]):
+                raise UserError(
+                    f"asset {name!r} of source {source} has two different samples under one fingerprint; "
                     "name the spec to publish with SPEC="
                 )
             continue
