@@ -131,7 +131,7 @@ def decode_rgba(data: bytes) -> NDArray[np.uint8]:
 
 
 def sample_metadata(sample: Sample) -> dict[str, Any]:
-    """Return the JSON value of a sample, as the schema in DESIGN section 5 has it."""
+    """Return the JSON value that stands in front of a sample's views in a shard."""
     asset, norm = sample.asset, sample.normalization
     return {
         "schema": SCHEMA,

@@ -139,7 +139,7 @@ class Mirror:
         return [request for request in self.requests if uid in request.path]
 
     def _build(self) -> None:
-        """Lay out the tree of facts/objaverse.md, section 3, in memory."""
+        """Lay out the hub's tree in memory."""
         object_paths: dict[str, Any] = {}
         metadata: dict[str, dict[str, Any]] = {f"000-{i:03d}": {} for i in range(NUM_CHUNKS)}
         for i, (uid, data) in enumerate(self.objects.items()):
