@@ -10,7 +10,7 @@ A shard is a plain POSIX (ustar) tar. Every member has mtime, uid and gid 0, no 
 The index of a sample (offset, length and crc32 of each member) is made while writing and lives in the receipt, so that
 a reader can fetch 4 of 32 views by range and check them; a tar that was cut at a member boundary is a valid tar, and
 only the index can tell. Written with `tarfile`: webdataset's TarWriter makes the same bytes but its import pulls in
-torch, which costs a second and 200 MB in every worker that has it installed.
+torch, which costs 1.2 s and 190 MiB in every worker that has it installed.
 """
 
 from __future__ import annotations
