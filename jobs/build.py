@@ -18,7 +18,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from jobs.produce import Producer, render_asset
 from pipeline import plan as plans
 from pipeline import receipt
+from pipeline.manifest import load_receipts
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.sources import open_source
 from pipeline.spec import DatasetSpec
@@ -139,20 +139,11 @@ def build(
 
 def _skip_committed(store: Store, asked: Sequence[ShardPlan], summary: Summary) -> list[ShardPlan]:
     """Count the receipts that exist; return the shards that have none."""
-
-    def look(shard: ShardPlan) -> receipt.Receipt | None:
-        try:
-            return receipt.load(store, shard.plan_id)
-        except FileNotFoundError:
-            return None
-
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(look, asked))
-    for done in found:
-        if done is not None:
-            summary.shards_done_before += 1
-            summary.count(done)
-    return [shard for shard, done in zip(asked, found) if done is None]
+    found = {done.plan_id: done for done in load_receipts(store, [shard.plan_id for shard in asked])}
+    for done in found.values():
+        summary.shards_done_before += 1
+        summary.count(done)
+    return [shard for shard in asked if shard.plan_id not in found]
 
 
 @contextmanager
@@ -245,11 +236,11 @@ def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) 
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> bool:
-    """Write, verify, store and commit one shard; its results come by reference. Returns whether it is ours."""
+def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> receipt.Receipt:
+    """Write, verify, store and commit one shard; its results come by reference. Returns the receipt that counts."""
     scratch = ScratchFolder(None, prefix="lrm-shard-")  # also removes what a killed worker left: tars are large
     try:
-        return receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[1]
+        return receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[0]
     finally:
         scratch.close()
 
@@ -345,7 +336,7 @@ class _Driver:
     def _assembled(self, reference: Any) -> None:
         shard = self.assembling.pop(reference)
         try:
-            ray.get(reference)
+            done = ray.get(reference)
         except RayError as error:
             if shard.tries >= MAX_SHARD_TRIES:
                 cause = error.cause if isinstance(error, RayTaskError) else error
@@ -359,7 +350,7 @@ class _Driver:
             self._restart(shard, isinstance(error, RayTaskError))
             return
         self.summary.shards_committed += 1
-        self.summary.count(receipt.load(self.store, shard.plan.plan_id))
+        self.summary.count(done)
         del self.open[shard.plan.index]
 
     def _restart(self, shard: _OpenShard, keep_results: bool) -> None:

@@ -170,6 +170,7 @@ def report(
     """Draw a version: contact sheet, cameras around the object, counts and failures, as one static page."""
     from pipeline.reader import VersionReader
     from pipeline.report import write_report
+    from pipeline.version import parse_version
 
     page = write_report(VersionReader.open(corpus, parse_version(version)), out)
     typer.echo(f"wrote {page}", err=True)
@@ -187,6 +188,7 @@ def train(
     from lrm.config import load_config
     from lrm.train import TrainingError
     from lrm.train import train as run
+    from pipeline.version import parse_version
 
     try:
         result = run(load_config(config, overrides or ()), corpus, parse_version(version), out)
@@ -203,15 +205,6 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the corpus, the chec
     from jobs.demo import run_demo
 
     run_demo(out)
-
-
-def parse_version(text: str) -> int | None:
-    """Return a version number, or None for "latest"."""
-    if text == "latest":
-        return None
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 10**6:
-        raise UserError(f"VERSION={text}: expected a number from 1, or latest")
-    return int(text)
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ from lrm.optim import build_optimizer, learning_rate
 from lrm.ranks import Ranks, joined_ranks
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.types import UserError, derive_seed
+from pipeline.version import parse_version
 
 log = logging.getLogger(__name__)
 
@@ -338,15 +339,6 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     return TrainResult(
         step=trainer.step, steps_now=trainer.step - first_step, loss=loss, seconds=seconds, stopped=stopped
     )
-
-
-def parse_version(text: str) -> int | None:
-    """Read a version number; "latest" is None."""
-    if text == "latest":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--version {text!r}: expected a number such as 3, or 'latest'")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,6 +55,15 @@ def version_key(number: int) -> str:
     return f"versions/{number:06d}.json"
 
 
+def parse_version(text: str) -> int | None:
+    """Return a version number as the command lines take it, or None for "latest"."""
+    if text == "latest":
+        return None
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 10**6:
+        raise UserError(f"VERSION={text}: expected a number from 1, or latest")
+    return int(text)
+
+
 def latest_number(store: Store) -> int:
     """Return the number of the newest version, 0 if there is none, with O(log n) requests and no listing."""
     if store.size(version_key(1)) is None:
@@ -167,10 +176,11 @@ def _create_next(store: Store, body: dict[str, Any], table: pa.Table) -> tuple[V
     text = "".join(f"{shard_key(sha256)}\n" for sha256 in shards).encode()
     while True:
         parent = latest_number(store)
-        if parent and open_version(store, parent).digest == digest:
+        newest = open_version(store, parent) if parent else None
+        if newest is not None and newest.digest == digest:
             # A publisher that died between its two writes left the list out.
             _create_same(store, f"versions/{parent:06d}.shards.txt", text)
-            return open_version(store, parent), False
+            return newest, False
         number = parent + 1
         record = body | {
             "number": number,
