@@ -65,19 +65,40 @@ class RenderSpec(BaseModel):
     """The pixel part: every field here changes pixels, and so the fingerprint."""
 
     model_config = Strict
-    preset: Literal["lrm"] = Field("lrm", description="camera recipe: radius and height ranges, look-at the origin")
+    preset: Literal["lrm", "openlrm", "instantmesh", "uncropped"] = Field(
+        "lrm", description="camera recipe: shell of radii, heights and field of view; see render/cameras.py"
+    )
     num_views: int = Field(32, ge=1, le=999, description="views an object")
     resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
-    fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees")
-    samples: int = Field(16, ge=1, le=65536, description="most Cycles samples a pixel (adaptive sampling takes fewer)")
+    fov_deg: float | None = Field(
+        None, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees; default the preset's"
+    )
+    half_psnr_db: float = Field(
+        40.0, ge=20, le=60, description="noise target of a view: least PSNR on white after 2 x 2 averaging"
+    )
+    full_psnr_db: float = Field(34.0, ge=15, le=60, description="noise target of a view: least PSNR at full resolution")
+    max_samples: int = Field(1024, ge=8, le=65536, description="most samples a pixel that the noise target may take")
+    samples: int | None = Field(
+        None, ge=1, le=65536, description="a fixed number of samples a pixel instead of the noise target"
+    )
     denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
-    lighting: Literal["studio", "ambient"] = Field(
-        "studio", description="studio: environment, key and fill, seeded per uid"
+    lighting: Literal["studio", "ambient", "random"] = Field(
+        "studio",
+        description="studio: environment, key and fill; ambient: a white world; random: one to three lights and an "
+        "environment of bounded total; each seeded per uid",
     )
     see_through: Literal["white", "alpha"] = Field(
         "white",
         description="what glass and alpha-blended surfaces become: white shows white behind them, as on the paper's "
         "background, under an alpha that is the surface's coverage; alpha keeps them translucent",
+    )
+    pose: Literal["first_frame", "rest", "frames"] = Field(
+        "first_frame",
+        description="pose of rigs and animations: the first frame, the rest pose, or one of `frames`, drawn per uid",
+    )
+    frames: tuple[int, ...] = Field((), max_length=1000, description="frames to draw from where pose is frames")
+    max_texture_px: int | None = Field(
+        4096, ge=16, description="longest side of a texture; larger ones are scaled down by powers of two"
     )
     planes: tuple[PlaneName, ...] = Field(("rgba",), description="planes of each view, in the order of the shard")
     codec: Literal["webp", "webp-q95", "png"] = Field("webp", description="webp is lossless; webp-q95 is lossy; png")
@@ -87,8 +108,12 @@ class RenderSpec(BaseModel):
     def _rgba_first(self) -> RenderSpec:
         if "rgba" not in self.planes or len(set(self.planes)) != len(self.planes):
             raise ValueError(f"planes {list(self.planes)} must hold 'rgba' and no plane twice")
-        if set(self.planes) - {"rgba"}:
-            raise ValueError(f"planes {list(self.planes)}: only 'rgba' is rendered yet")
+        return self
+
+    @model_validator(mode="after")
+    def _frames_where_drawn(self) -> RenderSpec:
+        if (self.pose == "frames") != bool(self.frames):
+            raise ValueError(f"pose {self.pose!r} with frames {list(self.frames)}: frames go with pose = 'frames' only")
         return self
 
 
@@ -150,6 +175,20 @@ class WorkerSpec(BaseModel):
     model_config = Strict
     num_cpus: float = Field(1.0, gt=0, description="CPUs a render task reserves, and threads its Blender uses")
     open_shards: int = Field(4, ge=1, description="shards in flight, lowest index first")
+    device: Literal["cpu", "optix", "cuda", "hip"] = Field(
+        "cpu", description="what Cycles renders on; a device that is asked for and absent is an error at start"
+    )
+    num_gpus: float = Field(
+        0.0, ge=0, description="share of a GPU that a render task reserves, such as 0.25; needs a device other than cpu"
+    )
+
+    @model_validator(mode="after")
+    def _gpu_where_asked(self) -> WorkerSpec:
+        if (self.device == "cpu") != (self.num_gpus == 0):
+            raise ValueError(
+                f"device {self.device!r} with num_gpus {self.num_gpus:g}: a GPU device needs a share of a GPU, cpu none"
+            )
+        return self
 
 
 class DatasetSpec(BaseModel):

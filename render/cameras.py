@@ -81,7 +81,7 @@ def _sample_centre(seed: int) -> NDArray[np.float64]:
 
 def cameras_for(spec: RenderSpec, seed: int) -> list[Camera]:
     """Return the cameras of a sample: a pure function of the spec's pixel part and the sample's seed."""
-    matrix = intrinsics(spec.resolution_px, spec.fov_deg)
+    matrix = intrinsics(spec.resolution_px, spec.fov_deg or 50.0)
     return [
         Camera(
             world_from_camera=look_at(centre),

@@ -66,12 +66,12 @@ class Engine:
         _set_output(self._scene, spec.resolution_px, num_threads)
         _set_cycles(self._scene, spec)
         if self._on_white:
-            self._scene.cycles.samples = spec.samples * WHITE_FACTOR
+            self._scene.cycles.samples = (spec.samples or 16) * WHITE_FACTOR
             self._scene.cycles.use_adaptive_sampling = False
             # Layers of glass make the denoiser's guides as noisy as the picture, and it would keep their grain.
             self._scene.cycles.denoising_input_passes = "RGB"
         elif transparent:
-            self._scene.cycles.samples = spec.samples * TRANSLUCENT_FACTOR
+            self._scene.cycles.samples = (spec.samples or 16) * TRANSLUCENT_FACTOR
             self._scene.cycles.adaptive_threshold = TRANSLUCENT_NOISE_THRESHOLD
         self._memory = os.memfd_create("lrm-frame")
         self.readback_s = 0.0
@@ -176,10 +176,10 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
 def _set_cycles(scene: Any, spec: RenderSpec) -> None:
     cycles = scene.cycles
     cycles.device = "CPU"
-    cycles.samples = spec.samples
+    cycles.samples = spec.samples or 16
     cycles.use_adaptive_sampling = True
     cycles.adaptive_threshold = NOISE_THRESHOLD
-    cycles.adaptive_min_samples = min(8, spec.samples)
+    cycles.adaptive_min_samples = min(8, spec.samples or 16)
     cycles.use_animated_seed = False
     cycles.sampling_pattern = "TABULATED_SOBOL"
     cycles.use_light_tree = False

@@ -60,7 +60,7 @@ def _summary(reader: VersionReader) -> Section:
         ("failures", sum(counts["failures"].values())),
         ("held out", counts["heldout"]),
         ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
-        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {spec.fov_deg:g} degrees"),
+        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px"),
         ("licence policy", record["license_policy"]),
         ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
         ("digest", reader.digest[:12]),
