@@ -1,24 +1,32 @@
-"""Cycles on the CPU: settings, the camera, and pixels out of it as float32 arrays.
+"""Cycles: settings, the camera, and as many samples as a picture needs.
+
+A fixed number of samples cannot meet a noise target: at 512^2 a plain tree reaches it with 4 samples a pixel, brushed
+metal with 16, glass with more. So each view is rendered in steps of one Sobol sequence until its estimated error
+(`render.noise`) is below the target:
+
+    picture: samples [0, n) -> denoise -> estimate from two probes of 1 sample -> enough? else samples [n, m), and again
+
+Steps of one sequence add up to exactly the picture that one call would have made. The next view starts where this one
+ended. Cycles' own adaptive sampling looks every 16 samples, after this is done, and knows nothing of the denoiser.
 
 Every setting that changes pixels is set here, none is left to Blender's defaults, which differ between versions.
-Persistent data keeps the synchronised scene and its BVH from view to view: only the camera and the seed change, which
-makes 8 views of a 328k-face mesh 3 to 4 times faster.
+Persistent data keeps the synchronised scene and its BVH from view to view: only the camera, the seed and the sample
+range change. They are seen by the renderer only after the scene is tagged: without, every call repeats the last.
+Only the pixels that the object can cover are rendered; outside, a view is background by construction.
 
-Pixels leave as an uncompressed float EXR written into anonymous memory (a memfd), so that no image file touches a disk;
-that costs 2 ms at 256^2 px. The compositor's viewer image, the usual way, stays empty when Blender has no window.
-Scene-linear values are taken, so no view transform applies; it is set all the same.
-
-See-through surfaces (`see_through = "white"`) take two passes. Cycles' own alpha of glass depends on the angle and on
-the number of layers behind each other, is never denoised, and is no coverage: masks of one object disagree between
-views. So a first, cheap pass without light renders coverage, with every alpha made 0 or 1; then the object is rendered
-on white, and the white is taken out again under the coverage. On white the picture is exactly Cycles' own.
+Surfaces that are see-through (`see_through = "white"`) take a pass more. Cycles' own alpha of glass depends on the
+angle and on the number of layers, and is no coverage: masks of one object disagree between views. So coverage is
+rendered first, without light, with every alpha made 0 or 1; then the object on white, whose white is taken out again
+under the coverage. On white the picture is exactly Cycles' own.
 """
 
 from __future__ import annotations
 
-import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import bpy
@@ -26,37 +34,100 @@ import numpy as np
 from mathutils import Matrix
 from numpy.typing import NDArray
 
+from pipeline.sample import albedo_to_u8, depth_to_u16, normal_to_u8
 from pipeline.spec import RenderSpec
-from pipeline.types import Camera, derive_seed
-from render.cameras import flip_camera_axes
+from pipeline.types import Camera, Float64, derive_seed
+from render import noise
+from render.cameras import border, depth_scale, flip_camera_axes
+from render.denoise import Denoiser
+from render.frame import Frame, Passes
 from render.lighting import show_white_behind
-from render.materials import opacity_in_steps
-
-NOISE_THRESHOLD = 0.02
-"""Adaptive sampling stops a pixel at this relative error; measured with `samples` as the upper bound."""
-
-WHITE_FACTOR = 2
-"""How many times the samples a scene takes that is rendered on white.
-
-Neither of its two passes stops early, and both have one seed, so that the same rays make colour and coverage: at an
-edge the share of white that is taken out is then the share that came in.
-"""
+from render.overrides import bare_surfaces
 
 OPACITY_THRESHOLD = 0.1
 """Surfaces with an alpha up to this are no part of the object: soft painted shadows, invisible helpers."""
 
-TRANSLUCENT_FACTOR, TRANSLUCENT_NOISE_THRESHOLD = 4, 0.05
-"""How many times the samples a translucent scene takes, and where it may stop: its alpha is sampled, not denoised."""
+COVERAGE_SAMPLES = 12
+"""Samples a pixel of a see-through object's coverage: a quarter of the cost of as many with light."""
+
+MARGIN_PX = 3
+"""Pixels around the object's box that are rendered too: the filter reaches 1, the denoiser looks around."""
+
+MIN_SEQUENCE = 256
+"""Least length of the Sobol sequence; a table of 1024, the default limit, takes 4 MB and no time that shows."""
+
+_NEAR, _FAR = 0.01, 1000.0
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom of a part of a view in pixels, half-open."""
+
+
+@dataclass(slots=True, eq=False)
+class RenderedView:
+    """One finished view: only the pixels in `box`, outside of which there is background.
+
+    Attributes:
+        box: what was rendered.
+        rgba: [h, w, 4] float32, scene-linear, premultiplied, top row first.
+        data: the data planes asked for: depth [h, w] uint16, normal and albedo [h, w, 3] uint8.
+        samples: samples a pixel of the picture.
+        psnr: its estimated quality; None where the number of samples was fixed.
+    """
+
+    box: Box
+    rgba: NDArray[np.float32]
+    data: dict[str, NDArray[Any]]
+    samples: int
+    psnr: noise.Psnr | None
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """Samples of one view so far: sums over samples, of the picture over white and of the denoiser's guides."""
+
+    samples: int = 0
+    layers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def add(self, layers: dict[str, NDArray[np.float32]], samples: int) -> None:
+        for name, layer in layers.items():
+            if self.samples == 0:
+                self.layers[name] = layer * samples
+            else:
+                self.layers[name] += layer * samples
+        self.samples += samples
+
+    def mean(self, name: str) -> NDArray[np.float32]:
+        return self.layers[name] / np.float32(self.samples)
 
 
 class Engine:
     """Renders the current scene. One an asset: make it after the scene and its lights are in place.
 
+    Args:
+        spec: the pixel part of the dataset's spec.
+        seed: the sample's seed.
+        num_threads: threads that Cycles may use.
+        points: [N, 3] float64, positions that bound the object.
+        transparent: whether light may pass a surface.
+        denoiser: the process's denoiser.
+        device: "CPU" or "GPU".
+
     Attributes:
-        readback_s: seconds spent so far in taking pixels out of Blender.
+        seconds: what was spent so far, by stage.
     """
 
-    def __init__(self, spec: RenderSpec, num_threads: int, *, transparent: bool) -> None:
+    def __init__(
+        self,
+        spec: RenderSpec,
+        seed: int,
+        num_threads: int,
+        *,
+        points: Float64,
+        transparent: bool,
+        denoiser: Denoiser,
+        device: str = "CPU",
+    ) -> None:
+        self._spec, self._seed, self._points, self._denoiser = spec, seed, points, denoiser
         self._on_white = transparent and spec.see_through == "white"
         self._scene = bpy.context.scene
         data = bpy.data.cameras.new("lrm camera")
@@ -64,85 +135,203 @@ class Engine:
         self._scene.collection.objects.link(self._camera)
         self._scene.camera = self._camera
         _set_output(self._scene, spec.resolution_px, num_threads)
-        _set_cycles(self._scene, spec)
-        if self._on_white:
-            self._scene.cycles.samples = (spec.samples or 16) * WHITE_FACTOR
-            self._scene.cycles.use_adaptive_sampling = False
-            # Layers of glass make the denoiser's guides as noisy as the picture, and it would keep their grain.
-            self._scene.cycles.denoising_input_passes = "RGB"
-        elif transparent:
-            self._scene.cycles.samples = (spec.samples or 16) * TRANSLUCENT_FACTOR
-            self._scene.cycles.adaptive_threshold = TRANSLUCENT_NOISE_THRESHOLD
-        self._memory = os.memfd_create("lrm-frame")
-        self.readback_s = 0.0
+        _set_cycles(self._scene, device, max(MIN_SEQUENCE, spec.samples or spec.max_samples))
+        self._frame = Frame()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def close(self) -> None:
         """Free the frame's memory."""
-        os.close(self._memory)
+        self._frame.close()
 
-    def render_views(self, cameras: Sequence[Camera], seeds: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Yield each view as soon as it is done: scene-linear, premultiplied RGBA [H, W, 4], top row first."""
-        if not self._on_white:
-            for camera, seed in zip(cameras, seeds, strict=True):
-                yield self._render(camera, seed)
-            return
-        coverage = self._render_coverage(cameras, seeds)
-        self._scene.render.film_transparent = False
-        show_white_behind()
-        for camera, seed, alpha in zip(cameras, seeds, coverage, strict=True):
-            pixels = self._render(camera, seed)
-            pixels[..., 3] = alpha
-            pixels[..., :3] = np.maximum(pixels[..., :3] - (1 - pixels[..., 3:]), 0)
-            yield pixels
+    def render_data(self, cameras: Sequence[Camera]) -> list[dict[str, NDArray[Any]]]:
+        """Return depth z [H, W] in world units (0 where nothing is), normal [H, W, 3] and base colour [H, W, 3].
 
-    def _render_coverage(self, cameras: Sequence[Camera], seeds: Sequence[int]) -> list[NDArray[np.float16]]:
-        """Return the share of each pixel that surfaces cover, whatever they let through; [H, W] a view."""
-        cycles = self._scene.cycles
-        denoise, bounces = cycles.use_denoising, cycles.max_bounces
-        cycles.use_denoising, cycles.max_bounces, cycles.film_transparent_glass = False, 0, False
-        with opacity_in_steps(bpy.data.materials, OPACITY_THRESHOLD):
-            coverage = [self._render(c, s)[..., 3].astype(np.float16) for c, s in zip(cameras, seeds, strict=True)]
-        cycles.use_denoising, cycles.max_bounces = denoise, bounces
-        return coverage
+        One sample through the centre of each pixel: a mean over an edge would be the depth of no surface.
+        """
+        with self._bare(centre_only=True):
+            return [self._render_data(camera, (0, 0, camera.width, camera.height)) for camera in cameras]
 
-    def _render(self, camera: Camera, seed: int) -> NDArray[np.float32]:
-        self._aim(camera)
-        self._scene.cycles.seed = seed
-        bpy.ops.render.render(write_still=False)
+    def render_views(self, cameras: Sequence[Camera]) -> Iterator[RenderedView]:
+        """Yield each view as soon as it is done."""
+        boxes = [_even_box(border(camera, self._points, MARGIN_PX), camera) for camera in cameras]
+        planes = self._render_planes(cameras, boxes)
+        coverage = self._render_coverage(cameras, boxes)
+        if self._on_white:
+            show_white_behind()
+        self._scene.render.film_transparent = not self._on_white
+        self._set_guides()
+        samples = self._spec.samples or noise.MIN_SAMPLES
+        for index, (camera, box) in enumerate(zip(cameras, boxes, strict=True)):
+            layer, count, psnr = self._render_view(index, camera, box, samples, coverage[index])
+            if psnr is not None:
+                short = psnr.shortfall_db(self._spec.half_psnr_db, self._spec.full_psnr_db)
+                samples = noise.first_samples(count, short, self._spec.max_samples)
+            rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
+            rgba[..., 3:] = layer.alpha
+            rgba[..., :3] = np.maximum(layer.colour - (1 - layer.alpha), 0)
+            yield RenderedView(box, rgba, planes[index], count, psnr)
+
+    def _render_view(
+        self, index: int, camera: Camera, box: Box, samples: int, coverage: list[NDArray[np.float32]] | None
+    ) -> tuple[noise.Layer, int, noise.Psnr | None]:
+        """Render one view, in steps until its noise is below the target, or with a fixed number of samples."""
+        spec, total, probes = self._spec, _Sum(), None
+        num_pixels = camera.width * camera.height
+        while True:
+            first = total.samples
+            passes = self._render(camera, box, self._cycles_seed(index, 0), first, samples - first)
+            total.add(self._layers(passes, coverage and coverage[0]), samples - first)
+            layer = self._denoised(total)
+            if spec.samples is not None:
+                return layer, samples, None
+            if probes is None:
+                probes = self._probe(index, camera, box, coverage, 1), self._probe(index, camera, box, coverage, 2)
+            before = time.perf_counter()
+            psnr = noise.estimate(layer, probes, num_pixels)
+            self.seconds["estimate"] += time.perf_counter() - before
+            short = psnr.shortfall_db(spec.half_psnr_db + noise.MARGIN_DB, spec.full_psnr_db + noise.MARGIN_DB)
+            if short <= 0 or samples >= spec.max_samples:
+                return layer, samples, psnr
+            samples = noise.next_samples(samples, short, spec.max_samples)
+
+    def _probe(
+        self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float32]] | None, which: int
+    ) -> noise.Layer:
+        passes = self._render(camera, box, self._cycles_seed(index, which), 0, 1)
+        layers = self._layers(passes, coverage and coverage[which])
+        return noise.Layer(layers["colour"], layers["alpha"])
+
+    def _layers(self, passes: Passes, coverage: NDArray[np.float32] | None) -> dict[str, NDArray[np.float32]]:
+        """Return what a render says of the picture over white, and the guides of the denoiser."""
         before = time.perf_counter()
-        pixels = self._read()
-        self.readback_s += time.perf_counter() - before
-        return pixels
+        combined = passes.get("Combined", "RGBA")
+        # One value that is not finite would spread over the whole picture in the denoiser.
+        if not np.isfinite(combined).all():
+            combined = np.nan_to_num(combined, copy=False, nan=0.0, posinf=1e4, neginf=0.0)
+        alpha = combined[..., 3:] if coverage is None else coverage.astype(np.float32)
+        colour = combined[..., :3] if self._on_white else combined[..., :3] + (1 - combined[..., 3:])
+        out = {"colour": colour, "alpha": np.clip(alpha, 0, 1)}
+        if self._spec.denoise:
+            out |= {"albedo": passes.get("Denoising Albedo", "RGB"), "normal": passes.get("Denoising Normal", "XYZ")}
+        self.seconds["readback"] += time.perf_counter() - before
+        return out
 
-    def _aim(self, camera: Camera) -> None:
+    def _denoised(self, total: _Sum) -> noise.Layer:
+        colour, alpha = total.mean("colour"), total.mean("alpha")
+        if self._spec.denoise:
+            before = time.perf_counter()
+            # Over white, not over black: edges against the background are denoised with the rest.
+            colour = self._denoiser.run(colour, total.mean("albedo"), total.mean("normal"))
+            self.seconds["denoise"] += time.perf_counter() - before
+        # The background is known.
+        return noise.Layer(np.where(alpha > 0, colour, np.float32(1)), alpha)
+
+    def _render_planes(self, cameras: Sequence[Camera], boxes: Sequence[Box]) -> list[dict[str, NDArray[Any]]]:
+        """Return the data planes that the spec asks for, quantised, of all views."""
+        wanted = [name for name in self._spec.planes if name != "rgba"]
+        if not wanted:
+            return [{} for _ in cameras]
+        scale = depth_scale(self._spec)
+        quantise = {"depth": lambda z: depth_to_u16(z, scale), "normal": normal_to_u8, "albedo": albedo_to_u8}
+        with self._bare(centre_only=True):
+            found = (self._render_data(camera, box) for camera, box in zip(cameras, boxes, strict=True))
+            return [{name: quantise[name](view[name]) for name in wanted} for view in found]
+
+    def _render_data(self, camera: Camera, box: Box) -> dict[str, NDArray[Any]]:
+        passes = self._render(camera, box, 0, 0, 1)
+        combined, depth = passes.get("Combined", "RGBA"), passes.get("Depth", "Z")[..., 0]
+        hit = combined[..., 3] > 0.5
+        return {
+            "depth": np.where(hit & (depth < _FAR), depth, np.float32(0)),
+            "normal": np.where(hit[..., None], passes.get("Normal", "XYZ"), np.float32(0)),
+            "albedo": np.where(hit[..., None], combined[..., :3], np.float32(0)),
+        }
+
+    def _render_coverage(
+        self, cameras: Sequence[Camera], boxes: Sequence[Box]
+    ) -> list[list[NDArray[np.float32]] | None]:
+        """Return a see-through object's coverage [h, w, 1] in each view: of the picture, and of its two probes.
+
+        Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
+        """
+        if not self._on_white:
+            return [None for _ in cameras]
+        with self._bare(centre_only=False):
+            return [
+                [
+                    self._render(camera, box, self._cycles_seed(index, which), 0, samples)
+                    .get("Combined", "A")
+                    .astype(np.float16)
+                    for which, samples in enumerate((COVERAGE_SAMPLES, 1, 1))
+                ]
+                for index, (camera, box) in enumerate(zip(cameras, boxes, strict=True))
+            ]
+
+    @contextmanager
+    def _bare(self, *, centre_only: bool) -> Iterator[None]:
+        """Render surfaces without light, by camera rays alone; through the centres of pixels, or filtered."""
+        cycles, layer = self._scene.cycles, bpy.context.view_layer
+        bounces, width = cycles.max_bounces, cycles.filter_width
+        cycles.max_bounces = 0
+        cycles.filter_width = 0.01 if centre_only else width
+        self._scene.render.film_transparent = True
+        layer.use_pass_z = layer.use_pass_normal = centre_only
+        layer.cycles.denoising_store_passes = False
+        try:
+            with bare_surfaces(bpy.data.materials, OPACITY_THRESHOLD):
+                yield
+        finally:
+            cycles.max_bounces, cycles.filter_width = bounces, width
+            layer.use_pass_z = layer.use_pass_normal = False
+
+    def _set_guides(self) -> None:
+        bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise
+
+    def _render(self, camera: Camera, box: Box, seed: int, first: int, samples: int) -> Passes:
+        """Render samples [first, first + samples) of a view's sequence, in a part of it."""
+        before = time.perf_counter()
+        self._aim(camera, box)
+        cycles = self._scene.cycles
+        cycles.seed = seed
+        cycles.sample_offset, cycles.sample_subset_length = first, samples
+        self._scene.update_tag()
+        bpy.ops.render.render(write_still=False)
+        rendered = time.perf_counter()
+        passes = self._frame.take(self._scene)
+        self.seconds["render"] += rendered - before
+        self.seconds["sampling"] += passes.seconds.get("render", 0.0)
+        self.seconds["readback"] += time.perf_counter() - rendered
+        return passes
+
+    def _cycles_seed(self, view: int, which: int) -> int:
+        """Return the Cycles seed of a view's picture (0) or probe (1, 2): 31 bits, which is what the setting holds."""
+        return derive_seed("cycles", self._seed, view, which) & 0x7FFFFFFF
+
+    def _aim(self, camera: Camera, box: Box) -> None:
         """Set Blender's camera to exactly `camera`; the matrix is ours, never read back from constraints."""
-        data = self._camera.data
+        data, render = self._camera.data, self._scene.render
         data.type = "PERSP"
         # Blender 4.5 picks the sensor side by itself unless told; horizontal makes focal length a matter of width.
         data.sensor_fit = "HORIZONTAL"
         data.sensor_width = data.sensor_height = 32.0
         data.lens = float(camera.intrinsics[0, 0]) / camera.width * 32.0
         data.shift_x = data.shift_y = 0.0
-        data.clip_start, data.clip_end = 0.01, 100.0
+        data.clip_start, data.clip_end = _NEAR, _FAR
         data.dof.use_dof = False
         self._camera.matrix_world = Matrix(flip_camera_axes(camera.world_from_camera))
-
-    def _read(self) -> NDArray[np.float32]:
-        path = f"/proc/self/fd/{self._memory}"
-        bpy.data.images["Render Result"].save_render(path, scene=self._scene)
-        image = bpy.data.images.load(path, check_existing=False)
-        try:
-            width, height = image.size
-            pixels = np.empty((height, width, 4), np.float32)
-            image.pixels.foreach_get(pixels.reshape(-1))
-        finally:
-            bpy.data.images.remove(image)
-        return np.ascontiguousarray(pixels[::-1])  # Blender's rows run from the bottom up
+        render.resolution_x, render.resolution_y = camera.width, camera.height
+        # A quarter of a pixel inside, since Blender rounds down. Its y runs from the bottom up.
+        left, top, right, bottom = box
+        render.border_min_x = (left + 0.25) / camera.width
+        render.border_max_x = (right + 0.25) / camera.width
+        render.border_min_y = (camera.height - bottom + 0.25) / camera.height
+        render.border_max_y = (camera.height - top + 0.25) / camera.height
 
 
-def view_seed(sample_seed: int, view: int) -> int:
-    """Return the Cycles seed of a view: 31 bits, which is what the setting holds."""
-    return derive_seed("cycles", sample_seed, view) & 0x7FFFFFFF
+def _even_box(box: Box, camera: Camera) -> Box:
+    """Grow a box to even numbers, so that it holds whole blocks of 2 x 2 pixels; the view's own edge is the limit."""
+    left, top, right, bottom = box
+    return left // 2 * 2, top // 2 * 2, min(-(-right // 2) * 2, camera.width), min(-(-bottom // 2) * 2, camera.height)
 
 
 def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
@@ -151,19 +340,20 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     render.resolution_x = render.resolution_y = resolution_px
     render.resolution_percentage = 100
     render.pixel_aspect_x = render.pixel_aspect_y = 1.0
-    render.use_border = render.use_crop_to_border = False
+    render.use_border = render.use_crop_to_border = True
     render.film_transparent = True
     render.use_persistent_data = True
     render.threads_mode = "FIXED"
     render.threads = num_threads
     render.use_compositing = render.use_sequencer = False
     render.use_motion_blur = False
-    render.use_simplify = False
     render.use_multiview = False
     render.dither_intensity = 0.0
     render.use_file_extension = False
     output = render.image_settings
-    output.file_format = "OPEN_EXR"
+    if hasattr(output, "media_type"):
+        output.media_type = "MULTI_LAYER_IMAGE"
+    output.file_format = "OPEN_EXR_MULTILAYER"
     output.color_mode = "RGBA"
     output.color_depth = "32"
     output.exr_codec = "NONE"
@@ -173,16 +363,16 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     view.use_curve_mapping = False
 
 
-def _set_cycles(scene: Any, spec: RenderSpec) -> None:
+def _set_cycles(scene: Any, device: str, sequence: int) -> None:
     cycles = scene.cycles
-    cycles.device = "CPU"
-    cycles.samples = spec.samples or 16
-    cycles.use_adaptive_sampling = True
-    cycles.adaptive_threshold = NOISE_THRESHOLD
-    cycles.adaptive_min_samples = min(8, spec.samples or 16)
+    cycles.device = device
+    cycles.samples = sequence
+    cycles.use_sample_subset = True
+    cycles.use_adaptive_sampling = False
     cycles.use_animated_seed = False
     cycles.sampling_pattern = "TABULATED_SOBOL"
-    cycles.use_light_tree = False
+    # Lights are the world's, met by the surface's own rays (`render.lighting`); only surfaces that emit are sampled.
+    cycles.use_light_tree = True
     cycles.max_bounces = 6
     cycles.diffuse_bounces = 2
     cycles.glossy_bounces = 2
@@ -200,16 +390,10 @@ def _set_cycles(scene: Any, spec: RenderSpec) -> None:
     cycles.filter_width = 1.5
     cycles.use_auto_tile = False
     cycles.time_limit = 0.0
-    cycles.use_denoising = spec.denoise
-    if spec.denoise:
-        cycles.denoiser = "OPENIMAGEDENOISE"
-        cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
-        cycles.denoising_prefilter = "NONE"
-        cycles.denoising_quality = "FAST"
-        cycles.denoising_use_gpu = False
-    layer = bpy.context.view_layer
-    layer.pass_alpha_threshold = 0.0
-    # The world is one colour: drawing it through the surface's own lobes is exact, a map of it is not needed.
+    cycles.use_denoising = False
+    # Coverage, depth and normals are those of surfaces made wholly there or wholly absent (`render.overrides`).
+    bpy.context.view_layer.pass_alpha_threshold = 0.5
+    # The world is smooth: drawing it through the surface's own lobes is exact, a map of it is not needed.
     if scene.world is not None:
         scene.world.cycles.sampling_method = "NONE"
         scene.world.cycles_visibility.camera = True
