@@ -95,12 +95,12 @@ def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
                 )
             continue
         keep.append(i)
-    table = _admit(table.take(pa.array(keep, pa.int64())), spec)
+    table = admit(table.take(pa.array(keep, pa.int64())), spec)
     heldout = pa.array([spec.is_heldout(uid) for uid in table["uid"].to_pylist()], pa.bool_())
     return table.append_column("heldout", heldout).cast(STABLE)
 
 
-def _admit(table: pa.Table, spec: DatasetSpec) -> pa.Table:
+def admit(table: pa.Table, spec: DatasetSpec) -> pa.Table:
     """Withdraw the samples that the spec's rules on pictures refuse, then the duplicates among the others."""
     rules, refused = spec.admission, dict[int, Refusal]()
     admitted, hashes = list[int](), list[str | None]()
@@ -117,7 +117,7 @@ def _admit(table: pa.Table, spec: DatasetSpec) -> pa.Table:
         hashes.append(record["phash"] if is_hash(record.get("phash")) else None)
     if rules.duplicate_distance is not None:
         refused |= _duplicates(table, admitted, hashes, rules.duplicate_distance)
-    return withdraw(table, refused) if refused else table
+    return _withdraw(table, refused) if refused else table
 
 
 def _duplicates(
@@ -149,7 +149,7 @@ def _duplicates(
     return out
 
 
-def withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
+def _withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
     """Return the table with these rows turned from samples into failures; what they measured stays as evidence."""
     hit = np.zeros(table.num_rows, bool)
     hit[list(refused)] = True

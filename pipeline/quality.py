@@ -30,6 +30,11 @@ from pipeline.sample import alpha_coverage
 from pipeline.spec import AdmissionSpec
 from pipeline.types import Camera, FailureKind
 
+# Bounds of pixels in R, G, B, A for cv2.inRange: an opaque pixel's alpha is over one half.
+_OPAQUE, _ANY, _CLIPPED, _BLACK = (
+    np.array(bound, np.float64) for bound in ((0, 0, 0, 128), (255,) * 4, (255, 255, 255, 128), (2, 2, 2, 255))
+)
+
 ViewFacts = Mapping[str, float | bool]
 
 Flag = Literal[
@@ -76,23 +81,22 @@ def view_facts(rgba: NDArray[np.uint8], camera: Camera) -> dict[str, float | boo
     """
     opaque = rgba[..., 3] > 127
     border = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
-    colours = rgba[opaque][:, :3]
+    count = max(1, np.count_nonzero(opaque))
+    clipped, black = cv2.inRange(rgba, _CLIPPED, _ANY), cv2.inRange(rgba, _OPAQUE, _BLACK)
     return {
         "alpha_coverage": alpha_coverage([rgba]),
         "border_touch": bool(border.any()),
-        "clipped": float((colours.min(axis=1) == 255).mean()) if len(colours) else 0.0,
-        "black": float((colours.max(axis=1) < 3).mean()) if len(colours) else 0.0,
-        "colour_spread": _spread(colours),
+        "clipped": cv2.countNonZero(clipped) / count,
+        "black": cv2.countNonZero(black) / count,
+        "colour_spread": _spread(rgba, opaque),
         "thickness": thickness(opaque, camera),
     }
 
 
-def _spread(colours: NDArray[np.uint8]) -> float:
-    """Return the standard deviation of colours [N, 3], root mean square over the channels, 1 being full scale."""
-    if len(colours) == 0:
-        return 0.0
-    values = colours.astype(np.float32)
-    return round(float(np.sqrt(values.var(axis=0, dtype=np.float64).mean())) / 255, 6)
+def _spread(rgba: NDArray[np.uint8], opaque: NDArray[np.bool_]) -> float:
+    """Return the standard deviation of a picture's opaque pixels, root mean square over R, G, B; 1 is full scale."""
+    _, deviation = cv2.meanStdDev(rgba, mask=opaque.view(np.uint8))
+    return round(float(np.sqrt((deviation[:3] ** 2).mean())) / 255, 6)
 
 
 def thickness(opaque: NDArray[np.bool_], camera: Camera) -> float:
@@ -144,7 +148,8 @@ def measure_sample(
     if "cropped" in columns:
         record["mean_cropped"] = _mean(columns["cropped"])
     if data_views is not None:
-        record["albedo_spread"] = _spread(data_views[data_views[..., 3] > 127][:, :3])
+        one_picture = data_views.reshape(-1, *data_views.shape[2:])
+        record["albedo_spread"] = _spread(one_picture, one_picture[..., 3] > 127)
         record["phash"] = perceptual_hash(data_views)
     record["flags"] = flags_of(record)
     return record
@@ -214,11 +219,13 @@ class _Limit:
 
 
 _LIMITS = (
-    _Limit("mean_cropped", "max_cropped", 1, FailureKind.CROPPED, "share of the object outside its pictures, mean"),
-    _Limit("border_touch_share", "max_border_touch", 1, FailureKind.CROPPED, "share of views that cut the object"),
-    _Limit("mean_clipped", "max_clipped", 1, FailureKind.OVER_EXPOSED, "share of the object that is burnt out, mean"),
-    _Limit("thickness_min", "min_thickness", -1, FailureKind.THIN, "thickness over size in the thinnest view"),
-    _Limit("thickness_median", "min_median_thickness", -1, FailureKind.THIN, "thickness over size in the median view"),
+    _Limit("mean_cropped", "max_cropped", 1, FailureKind.CROPPED, "the mean share of the object outside its pictures"),
+    _Limit("border_touch_share", "max_border_touch", 1, FailureKind.CROPPED, "the share of views that cut the object"),
+    _Limit("mean_clipped", "max_clipped", 1, FailureKind.OVER_EXPOSED, "the mean burnt-out share of the object"),
+    _Limit("thickness_min", "min_thickness", -1, FailureKind.THIN, "its thickness over its size in the thinnest view"),
+    _Limit(
+        "thickness_median", "min_median_thickness", -1, FailureKind.THIN, "its median thickness over its size, by view"
+    ),
 )
 
 _FLAG_RULES: tuple[tuple[Flag, str, FailureKind, str], ...] = (
@@ -232,9 +239,8 @@ def _judge_figures(record: Mapping[str, Any], rules: AdmissionSpec) -> Refusal |
     for limit in _LIMITS:
         found, allowed = _number(record, limit.figure), float(getattr(rules, limit.key))
         if found is not None and limit.sign * (found - allowed) > 0:
-            word = "at most" if limit.sign == 1 else "at least"
-            message = f"{limit.what}, is {found:.4g}; {word} {allowed:g} is allowed (admission.{limit.key})"
-            return Refusal(limit.kind, message)
+            demand = f"at most {allowed:g} is allowed" if limit.sign == 1 else f"at least {allowed:g} is required"
+            return Refusal(limit.kind, f"{limit.what} is {found:.4g}; {demand} (admission.{limit.key})")
     return None
 
 
