@@ -12,6 +12,8 @@ it back by rendering it again only.
 Flags are figures compared with fixed marks, for people who count and filter. Rules compare the same figures with the
 spec's limits; all rules but the ones on empty pictures are off by default. A rule whose figure a record lacks (nobody
 told of the materials of a capture) does not apply.
+
+A record goes into the sample's JSON in its shard, so other figures for the same pictures are another render revision.
 """
 
 from __future__ import annotations
