@@ -152,7 +152,7 @@ WHITE[34:42, 34:94] = 255
     [
         ("blank", [patterned(), np.zeros_like(SOLID)], {}),
         ("single_colour", [SOLID, SOLID], {}),
-        ("touches_border", [CUT, patterned()], {}),
+        ("touches_border", [CUT, CUT], {}),
         ("thin", [patterned(), patterned() * (np.abs(np.arange(128) - 64) < 1)[None, :, None].astype(np.uint8)], {}),
         ("over_exposed", [WHITE, WHITE], {}),
         ("untextured", [patterned()], {"untextured": True}),
