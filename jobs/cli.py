@@ -107,7 +107,7 @@ def plan(spec: SpecPath, corpus: Corpus, overrides: Overrides = None, as_json: J
 @command
 def publish(
     corpus: Corpus,
-    spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only")] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only, by its rules")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -120,6 +120,7 @@ def publish(
 
     store = open_store(corpus, must_exist=True)
     store.probe()
+    loaded = None
     if spec is None:
         chosen = version.plan_sets(store)
     else:
@@ -130,7 +131,7 @@ def publish(
             raise UserError(
                 f"corpus {corpus}: spec {spec} has no plan here; run `make render SPEC={spec}` first"
             ) from None
-    published, new = version.publish(store, chosen)
+    published, new = version.publish(store, chosen, loaded)
     counts = published.counts
     word = "published version" if new else "nothing changed since version"
     typer.echo(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.phash import MAX_DISTANCE
 from pipeline.types import PlaneName, UserError
 
 Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -137,6 +138,36 @@ class AdmissionSpec(BaseModel):
         0.9, ge=0, le=1, description="least share of the file's triangles that must import"
     )
     min_alpha_coverage: float = Field(0.0005, ge=0, le=1, description="least mean alpha coverage over the views")
+    max_cropped: float = Field(
+        1.0, ge=0, le=1, description="largest share of the object outside its pictures, mean over the views"
+    )
+    max_border_touch: float = Field(1.0, ge=0, le=1, description="largest share of views whose edge cuts the object")
+    max_clipped: float = Field(
+        1.0, ge=0, le=1, description="largest share of the object that is burnt out (all channels 255), mean over views"
+    )
+    min_thickness: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="least thickness of the silhouette in the thinnest view, over the object's longest side: 0.03 "
+        "refuses flat cards, poles and wires",
+    )
+    min_median_thickness: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the same in the median view: 0.03 refuses poles, wires and line drawings, and admits flat cards",
+    )
+    admit_single_colour: bool = Field(True, description="admit objects of one base colour")
+    admit_untextured: bool = Field(True, description="admit objects without an image and without vertex colours")
+    admit_transparent: bool = Field(True, description="admit objects with glass or alpha-blended surfaces")
+    duplicate_distance: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_DISTANCE,
+        description="withdraw all but the first of objects with equal files, or whose perceptual hashes differ in up "
+        "to so many of 256 bits (8 is a good start); decided at publish; default: keep duplicates",
+    )
 
 
 class LimitSpec(BaseModel):

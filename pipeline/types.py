@@ -56,8 +56,14 @@ class FailureKind(StrEnum):
     TOO_LARGE = "too_large"
     LICENCE_EXCLUDED = "licence_excluded"
     BLANK_IMAGE = "blank_image"
+    CROPPED = "cropped"  # these six: refused by a rule on pictures (`[admission]`), which the message names
+    OVER_EXPOSED = "over_exposed"
+    THIN = "thin"
+    SINGLE_COLOUR = "single_colour"
+    UNTEXTURED = "untextured"
+    TRANSPARENT = "transparent"
     BAD_VIEW_COUNT = "bad_view_count"
-    DUPLICATE = "duplicate"
+    DUPLICATE = "duplicate"  # decided where receipts are merged; the message names the one that stays
     RENDER_TIMEOUT = "render_timeout"
     RENDER_CRASH = "render_crash"
     OUT_OF_MEMORY = "out_of_memory"

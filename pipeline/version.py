@@ -3,6 +3,9 @@
     versions/000007.json          names the manifest by digest, the spec, fingerprints, counts, policy
     versions/000007.shards.txt    one shard a line, relative to the corpus, for plain WebDataset readers
 
+A plain reader of the listed shards sees all that lies in them: also samples that the manifest withdraws, as duplicates
+or by rules stricter than those they were rendered under. The manifest's rows of status "sample" are the version.
+
 Numbers are dense, so the newest is found by probing 1, 2, 4, ... and bisecting: no reader ever lists a bucket.
 """
 
@@ -137,8 +140,12 @@ def plan_sets(store: Store) -> list[PlanSet]:
     return [plan.load(store, key.removeprefix("plans/").removesuffix(".parquet")) for key in keys]
 
 
-def publish(store: Store, plans: list[PlanSet]) -> tuple[Version, bool]:
+def publish(store: Store, plans: list[PlanSet], spec: DatasetSpec | None = None) -> tuple[Version, bool]:
     """Merge the receipts of these plans, check that every shard is there, and create the next version.
+
+    Args:
+        spec: what the version records and obeys: its admission rules on pictures, its held-out split. Default the spec
+            that the last of the plans was frozen with.
 
     Returns:
         The version, and whether it is new: publishing the same again returns the newest version unchanged.
@@ -151,7 +158,7 @@ def publish(store: Store, plans: list[PlanSet]) -> tuple[Version, bool]:
     receipts = [r for p in plans for r in manifest.load_receipts(store, [shard.plan_id for shard in p.shards])]
     if not receipts:
         raise UserError(f"corpus {store.url}: no shard is committed yet; run `make render CORPUS={store.url}` first")
-    spec = spec_of_json(plans[-1].spec_json, f"corpus {store.url}: plan {plans[-1].id}")
+    spec = spec or spec_of_json(plans[-1].spec_json, f"corpus {store.url}: plan {plans[-1].id}")
     table = manifest.merge(receipts, spec)
     _check_shards(store, table)
     data, sha256 = manifest.to_parquet(table)

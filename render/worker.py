@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.sample import alpha_coverage, encode_rgba, premultiplied_linear_to_rgba8
+from pipeline.quality import judge, measure_sample, view_facts
+from pipeline.sample import encode_rgba, premultiplied_linear_to_rgba8
 from pipeline.spec import DatasetSpec
 from pipeline.types import (
     MAX_LOG_TAIL_CHARS,
@@ -51,9 +52,6 @@ _POLL_S = 0.2
 _ENCODERS = 2
 _MAX_IN_FLIGHT = 4
 _RECYCLE_MEMORY_SHARE = 0.5
-
-# Under these lights even soot is lighter than black; only broken normals and colours are not.
-_MAX_BLACK = 0.995
 
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 _OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
@@ -229,7 +227,7 @@ class RenderWorker:
         if len(payload) != size * size * 16:
             self._fail(FailureKind.RENDER_CRASH, f"a view came with {len(payload)} bytes of pixels")
         pixels = np.frombuffer(payload, np.float32).reshape(size, size, 4)
-        job.pending.append(self._encoders.submit(_encode, pixels, self._spec.render.codec))
+        job.pending.append(self._encoders.submit(_encode, pixels, self._spec.render.codec, job.cameras[job.num_views]))
         job.num_views += 1
         while len(job.pending) > _MAX_IN_FLIGHT:
             job.encoded.append(job.pending.popleft().result())
@@ -301,21 +299,11 @@ class RenderWorker:
     def _finish(self, job: _Job, seed: int, ready_s: float, total_s: float) -> Sample:
         job.encoded.extend(future.result() for future in job.pending)
         job.pending.clear()
-        facts = [view.facts for view in job.encoded]
-        coverage = math.fsum(float(fact["alpha_coverage"]) for fact in facts) / len(facts)
-        allowed = self._spec.admission.min_alpha_coverage
-        if coverage < allowed:
-            raise AssetError(
-                FailureKind.BLANK_IMAGE,
-                f"the object covers {coverage:.2e} of its pictures; {allowed:g} is required (min_alpha_coverage)",
-            )
-        if min(fact["black"] for fact in facts if fact["alpha_coverage"] > 0) > _MAX_BLACK:
-            raise AssetError(
-                FailureKind.BLANK_IMAGE,
-                f"more than {_MAX_BLACK:.1%} of the object is black in every picture; its normals may be broken",
-            )
         assert job.scene is not None
-        per_view = {name: [fact[name] for fact in facts] for name in facts[0]}
+        quality = measure_sample([view.facts for view in job.encoded], _mapping(job.scene.get("quality")))
+        refusal = judge(quality, self._spec.admission)
+        if refusal is not None:
+            raise AssetError(refusal.kind, refusal.message)
         return Sample(
             asset=job.asset,
             spec_fingerprint=self._fingerprint,
@@ -325,7 +313,7 @@ class RenderWorker:
                 View(index=i, camera=camera, planes={"rgba": view.plane})
                 for i, (camera, view) in enumerate(zip(job.cameras, job.encoded, strict=True))
             ),
-            quality={**_mapping(job.scene.get("quality")), "mean_alpha_coverage": coverage, "views": per_view},
+            quality=quality,
             lights=_mapping(job.scene.get("lights")),
             provenance={
                 "device": "CPU",
@@ -365,29 +353,13 @@ class RenderWorker:
             child.kill()
 
 
-def _encode(pixels: NDArray[np.float32], codec: str) -> _EncodedView:
+def _encode(pixels: NDArray[np.float32], codec: str, camera: Camera) -> _EncodedView:
     """Turn float pixels [H, W, 4] into an encoded plane, and measure the picture."""
     started = time.perf_counter()
     rgba = premultiplied_linear_to_rgba8(pixels)
-    facts = view_facts(rgba)
+    facts = view_facts(rgba, camera)
     plane = encode_rgba(rgba, codec)
     return _EncodedView(plane, facts, time.perf_counter() - started)
-
-
-def view_facts(rgba: NDArray[np.uint8]) -> dict[str, float | bool]:
-    """Measure an RGBA picture [H, W, 4]: how much is object, whether it is cut off, burnt out or black.
-
-    `clipped` and `black` are shares of the opaque pixels whose channels are all 255, or all below 3.
-    """
-    opaque = rgba[..., 3] > 127
-    border = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
-    colours = rgba[opaque][:, :3]
-    return {
-        "alpha_coverage": alpha_coverage([rgba]),
-        "border_touch": bool(border.any()),
-        "clipped": float((colours.min(axis=1) == 255).mean()) if len(colours) else 0.0,
-        "black": float((colours.max(axis=1) < 3).mean()) if len(colours) else 0.0,
-    }
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -11,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from pipeline.quality import FLAGS
 from pipeline.reader import VersionReader
 from pipeline.receipt import quality_of
 from pipeline.report.figures import write_cameras, write_contact_sheet, write_histogram
@@ -103,7 +105,9 @@ def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
     if triangles:
         write_histogram(triangles, out_dir / "triangles.png", "log10 of triangles")
         images.append(("triangles.png", "triangles an object"))
-    return Section(title="Quality", images=images) if images else None
+    found = Counter(str(flag) for record in records for flag in record.get("flags", ()))
+    table = [(flag.replace("_", " "), f"{found[flag]} of {len(records)} samples") for flag in FLAGS if found[flag]]
+    return Section(title="Quality", images=images, table=table) if images or table else None
 
 
 def _failures(reader: VersionReader) -> Section:

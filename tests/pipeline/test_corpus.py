@@ -11,14 +11,16 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.status import corpus_status
+from pipeline import manifest, receipt, version
 from pipeline import plan as plans
-from pipeline import receipt, version
 from pipeline.reader import DamagedDataError, VersionReader
+from pipeline.report import write_report
 from pipeline.sample import decode_rgba
 from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, ProceduralSource, ShardSpec
@@ -299,3 +301,144 @@ def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     published(folder)
     return folder / "corpus"
+
+
+def hash_near(bits: int) -> str:
+    """A perceptual hash that differs from all zeros in so many bits."""
+    return f"{(1 << bits) - 1:064x}"
+
+
+def duplicate_corpus(store: Store, tmp_path: Path, hashes: dict[str, str | None], **changes: object) -> plans.PlanSet:
+    """Commit samples with these hashes; `changes` are of every asset."""
+    values = {"format": "obj", "sha256": None} | changes
+    plan = plans.freeze(store, SPEC, "f", lambda: [make_asset(uid, **values) for uid in hashes])
+    for shard in plan.shards:
+        results: dict[str, Sample | Failure] = {}
+        for asset in shard.assets:
+            record = {"mean_alpha_coverage": 0.5, "thickness_min": 0.2, "phash": hashes[asset.uid]}
+            sample = make_sample(asset.uid, fingerprint=shard.fingerprint, asset=asset, num_views=2, size_px=16)
+            results[asset.uid] = replace(sample, quality={k: v for k, v in record.items() if v is not None})
+            if asset.uid.startswith("lost"):
+                results[asset.uid] = Failure(uid=asset.uid, kind=FailureKind.EMPTY_SCENE, message="no mesh")
+        receipt.commit_shard(store, shard, results, tmp_path)
+        (tmp_path / f"{shard.plan_id}.tar").unlink(missing_ok=True)
+    return plan
+
+
+def with_rules(**rules: object) -> DatasetSpec:
+    return SPEC.model_validate(SPEC.model_dump() | {"admission": rules})
+
+
+CROWD = {"a": hash_near(0), "b": hash_near(100), "c": hash_near(6), "d": hash_near(13), "e": None, "f": hash_near(0)}
+
+
+def test_duplicates_are_withdrawn_and_accounted_for(store: Store, tmp_path: Path) -> None:
+    plan = duplicate_corpus(store, tmp_path, CROWD | {"lost": None})
+    kept, _ = version.publish(store, [plan])
+    assert kept.counts["samples"] == 6, "without a distance duplicates stay"
+    published, new = version.publish(store, [plan], with_rules(duplicate_distance=8))
+    assert (new, published.number) == (True, 2)
+    counts = published.counts
+    assert counts["failures"] == {"duplicate": 2, "empty_scene": 1}
+    assert counts["samples"] + sum(counts["failures"].values()) == counts["planned"] == 7
+    assert counts["views"] == 8
+    assert published.spec.admission.duplicate_distance == 8
+
+    reader = VersionReader(store, published)
+    assert reader.rows["uid"].to_pylist() == ["a", "b", "d", "e"], "d is 13 bits from a, and c, 7 bits away, is gone"
+    assert len(reader.read_views(2, [1]).planes) == 1
+    assert reader.num_failures == 3
+
+    rows = {row["uid"]: row for row in version.open_rows(store, published).to_pylist()}
+    assert rows["c"]["message"] == "within 8 bits of 'a' of source fake, which stays (admission.duplicate_distance)"
+    assert rows["f"]["failure_kind"] == "duplicate"
+    assert rows["f"]["retryable"] is False
+    assert json.loads(rows["f"]["quality"])["phash"] == hash_near(0), "what was measured stays as evidence"
+    assert {rows["f"][name] for name in ("shard_sha256", "offset", "num_views", "lengths", "planes")} == {None}
+    assert rows["lost"]["message"] == "no mesh"
+    assert version.publish(store, [plan], with_rules(duplicate_distance=8)) == (published, False)
+
+
+def test_a_plain_reader_of_the_listed_shards_still_meets_withdrawn_samples(tmp_path: Path) -> None:
+    """What the version's docstring and the README tell: shards are shared and never rewritten, rows decide."""
+    store = open_store(str(tmp_path / "corpus"))
+    plan = duplicate_corpus(store, tmp_path, CROWD)
+    published, _ = version.publish(store, [plan], with_rules(duplicate_distance=8))
+    listed = (tmp_path / f"corpus/versions/{published.number:06d}.shards.txt").read_text().split()
+    met = set()
+    for line in listed:
+        with tarfile.open(tmp_path / "corpus" / line) as tar:
+            met |= {member.name.split(".")[0] for member in tar}
+    assert met == set(CROWD)
+
+
+def test_a_shard_of_duplicates_only_is_no_part_of_the_version(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "corpus"))
+    plan = duplicate_corpus(store, tmp_path, {uid: hash_near(0) for uid in ("a", "b", "c", "d", "e", "f")})
+    published, _ = version.publish(store, [plan], with_rules(duplicate_distance=0))
+    assert published.counts["samples"] == 1
+    assert len((tmp_path / "corpus/versions/000001.shards.txt").read_text().split()) == 1
+
+
+@pytest.mark.parametrize(("format", "expected"), [("glb", ["a", "b"]), ("obj", ["a", "b", "c", "d"])])
+def test_equal_files_are_duplicates_where_the_file_is_the_whole_object(
+    tmp_path: Path, format: str, expected: list[str]
+) -> None:
+    """Two OBJ files may be equal and name other textures: their pictures decide. c has the file of b, d of a."""
+    store = open_store(str(tmp_path / "corpus"))
+    digests = {"a": "1" * 64, "b": "2" * 64, "c": "2" * 64, "d": "1" * 64}
+    assets = [make_asset(uid, format=format, sha256=digest) for uid, digest in digests.items()]
+    plan = plans.freeze(store, SPEC, "f", lambda: assets)
+    for shard in plan.shards:
+        results = {a.uid: make_sample(a.uid, asset=a, num_views=2, size_px=16) for a in shard.assets}
+        receipt.commit_shard(store, shard, results, tmp_path)
+    published, _ = version.publish(store, [plan], with_rules(duplicate_distance=0))
+    assert VersionReader(store, published).rows["uid"].to_pylist() == expected
+    rows = {row["uid"]: row for row in version.open_rows(store, published).to_pylist()}
+    if format == "glb":
+        assert rows["c"]["message"].startswith("the same file as 'b' of source fake, which stays")
+
+
+def test_of_equal_files_the_first_answers_for_all(tmp_path: Path) -> None:
+    """b is near a; c is the file of b and has no hash: the one that is named must be one that stays."""
+    store = open_store(str(tmp_path / "corpus"))
+    plan = duplicate_corpus(
+        store, tmp_path, {"a": hash_near(0), "b": hash_near(3), "c": None}, format="glb", sha256=None
+    )
+    table = manifest.merge(manifest.load_receipts(store, [s.plan_id for s in plan.shards]), SPEC)
+    digests = pa.array([None, "2" * 64, "2" * 64], pa.string())
+    table = table.set_column(table.schema.get_field_index("asset_sha256"), "asset_sha256", digests)
+    out = manifest.admit(table, with_rules(duplicate_distance=8)).to_pylist()
+    assert [row["status"] for row in out] == ["sample", "failure", "failure"]
+    assert "'a'" in out[2]["message"]
+
+
+def test_the_merge_does_not_depend_on_the_order_of_receipts(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "corpus"))
+    plan = duplicate_corpus(store, tmp_path, CROWD)
+    receipts = manifest.load_receipts(store, [shard.plan_id for shard in plan.shards])
+    spec = with_rules(duplicate_distance=8)
+    assert manifest.merge(receipts, spec).equals(manifest.merge(receipts[::-1], spec))
+
+
+def test_stricter_rules_on_pictures_cost_a_publish_and_no_rendering(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "corpus"))
+    plan = duplicate_corpus(store, tmp_path, CROWD)
+    strict = with_rules(min_thickness=0.3, duplicate_distance=8)
+    published, _ = version.publish(store, [plan], strict)
+    assert published.counts["failures"] == {"thin": 6}, "what is refused is nobody's duplicate"
+    row = version.open_rows(store, published).to_pylist()[0]
+    assert "is 0.2; at least 0.3 is required (admission.min_thickness)" in row["message"]
+    assert version.publish(store, [plan])[0].counts["samples"] == 6
+
+
+def test_the_report_counts_flags(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "corpus"))
+    plan = make_plan(store, 3)
+    for shard in plan.shards:
+        results = {a.uid: replace(make_sample(a.uid), quality={"flags": ["over_exposed"]}) for a in shard.assets}
+        receipt.commit_shard(store, shard, results, tmp_path)
+    version.publish(store, [plan])
+    page = write_report(VersionReader.open(str(tmp_path / "corpus")), tmp_path / "report").read_text()
+    assert "over exposed" in page
+    assert "3 of 3 samples" in page
