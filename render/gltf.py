@@ -31,7 +31,7 @@ def default_scene_only(path: Path, scratch_dir: Path) -> Path:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError):
         return path
     out = scratch_dir / f"default-scene{path.suffix.lower()}"
-    absolute_uris(document, path.parent.resolve())
+    _absolute_uris(document, path.parent.resolve())
     if rest is None:
         out.write_text(json.dumps(document), encoding="utf-8")
     else:
@@ -82,8 +82,7 @@ def _prune(document: dict[str, Any]) -> bool:
     return changed
 
 
-def absolute_uris(document: dict[str, Any], folder: Path) -> None:
-    """Make the document's file names absolute, so that it may stand elsewhere."""
+def _absolute_uris(document: dict[str, Any], folder: Path) -> None:
     for item in [*document.get("buffers", []), *document.get("images", [])]:
         uri = item.get("uri")
         if isinstance(uri, str) and not uri.startswith("data:") and "://" not in uri:

@@ -14,6 +14,7 @@ import copy
 import json
 import struct
 from pathlib import Path
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -32,8 +33,9 @@ from pipeline.gltf import (
 )
 from pipeline.gltf_data import Buffers, check_data, image_bytes
 from pipeline.gltf_meshopt import MeshoptView, meshopt_views
+from pipeline.side_files import find, uri_path
 from pipeline.types import AssetError, FailureKind
-from render.gltf import absolute_uris, split
+from render.gltf import split
 from render.ktx2 import decode_ktx2
 from render.meshopt import decode
 
@@ -59,7 +61,7 @@ def decoded_copy(path: Path, scratch_dir: Path) -> Path:
         return path
     assert plain.binary is not None
     check_data(plain, max_side_bytes=_MAX_GLB_BYTES)
-    absolute_uris(plain.data, path.parent.resolve())
+    _absolute_images(plain)
     out = scratch_dir / "decoded.glb"
     _write(out, plain.data, plain.binary)
     return out
@@ -159,6 +161,16 @@ def _set_image(data: Json, index: int, content: bytes, binary: _Binary) -> None:
     image = data["images"][index]
     image.pop("uri", None)
     image |= {"bufferView": len(views) - 1, "mimeType": "image/png"}
+
+
+def _absolute_images(plain: Document) -> None:
+    """Name images beside the file by where they are, since the copy stands elsewhere."""
+    for image in plain.table("images"):
+        uri = image.get("uri")
+        if isinstance(uri, str) and not uri.startswith("data:"):
+            path = find(plain.folder, uri_path(uri))
+            if path is not None:
+                image["uri"] = quote(str(path.resolve()))
 
 
 def _write(out: Path, data: Json, binary: bytes) -> None:
