@@ -32,6 +32,7 @@ _FILTERS = {
     "COLOR": "meshopt_decodeFilterColor",
 }
 _NAMES = ("libmeshoptimizer.so.2d", "libmeshoptimizer.so")
+_NEWER = "install meshoptimizer 1.0 or later, use Blender 5, or store the file without the extension"
 _WAY_OUT = "install meshoptimizer (Debian: libmeshoptimizer2d), use Blender 5, or store the file without the extension"
 
 
@@ -71,7 +72,7 @@ def decode(view: MeshoptView, data: bytes, where: str) -> bytes:
     out = ctypes.create_string_buffer(num_bytes)
     if function(out, view.count, view.stride, data, len(data)) != 0:
         if view.mode == "ATTRIBUTES" and data[:1] == b"\xa1" and not hasattr(found, "meshopt_decodeVertexVersion"):
-            _refuse(f"{where} is a stream of version 1, this meshoptimizer is older than 0.23: {_WAY_OUT}")
+            _refuse(f"{where} is a stream of version 1, for which this meshoptimizer is too old: {_NEWER}")
         corrupt(
             f"{where}: {len(data)} compressed bytes do not decode to {view.count} x {view.stride} bytes of {view.mode}"
         )
@@ -85,7 +86,7 @@ def decode(view: MeshoptView, data: bytes, where: str) -> bytes:
 
 def _function(found: ctypes.CDLL, name: str, view: MeshoptView, where: str) -> ctypes._NamedFuncPointer:
     if not hasattr(found, name):
-        _refuse(f"{where} ({view.mode}, filter {view.filter}) is too new for this meshoptimizer: {_WAY_OUT}")
+        _refuse(f"{where} ({view.mode}, filter {view.filter}) needs a newer meshoptimizer than this one: {_NEWER}")
     function: ctypes._NamedFuncPointer = getattr(found, name)
     return function
 

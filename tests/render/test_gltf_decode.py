@@ -11,7 +11,9 @@ import ctypes
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -448,6 +450,19 @@ def test_no_rubbish_crashes_the_decoder() -> None:
                 data[rng.integers(len(data))] = rng.integers(256)
             kinds.add(outcome(lambda view=view, data=bytes(data): meshopt.decode(view, data, "x")))  # type: ignore[misc]
     assert kinds <= {None, FailureKind.CORRUPT_FILE, FailureKind.UNSUPPORTED_FORMAT}
+
+
+def test_a_decoder_that_is_too_old_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12's meshoptimizer, 0.18, knows neither streams of version 1 nor the filter COLOR."""
+    fields: dict[str, Any] = {"extension": "KHR_meshopt_compression", "buffer": 0, "offset": 0, "num_bytes": 9}
+    view = MeshoptView(**fields, stride=4, count=3, mode="ATTRIBUTES", filter="NONE")
+    monkeypatch.setattr(meshopt, "library", lambda: SimpleNamespace(meshopt_decodeVertexBuffer=lambda *_: -1))
+    assert kind_of(lambda: meshopt.decode(view, b"\xa1", "x"))[0] is FailureKind.UNSUPPORTED_FORMAT
+    assert kind_of(lambda: meshopt.decode(view, b"\xa0", "x"))[0] is FailureKind.CORRUPT_FILE
+    monkeypatch.setattr(meshopt, "library", lambda: SimpleNamespace(meshopt_decodeVertexBuffer=lambda *_: 0))
+    kind, message = kind_of(lambda: meshopt.decode(replace(view, filter="COLOR"), b"\xa0", "x"))
+    assert kind is FailureKind.UNSUPPORTED_FORMAT
+    assert "COLOR" in message
 
 
 def test_without_a_decoder_the_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
