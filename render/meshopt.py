@@ -1,9 +1,9 @@
 """Decode what meshoptimizer compressed, with meshoptimizer itself: https://github.com/zeux/meshoptimizer, MIT licence.
 
-Blender 5 ships the library as a file of its own, Debian as the package libmeshoptimizer2d; its C interface has been
-the same since 2019. Bindings on PyPI need Python 3.12, a compiler, or NumPy 2, which Blender 4.5 does not bear. The
-decoder is written for untrusted data: it reads and writes within the sizes it is given, and says so where a stream
-does not fit. Speed is far above that of reading the file (1 GB/s and more).
+Blender 5 ships the library as a file of its own, Debian as the package libmeshoptimizer2d (0.18 in Debian 12: streams
+of version 1 and the filter COLOR need a newer one). Bindings on PyPI need Python 3.12 and NumPy 2, which Blender 4.5
+does not bear, or a compiler. The decoder is written for untrusted data: it reads and writes within the sizes that it is
+given, and says so where a stream does not fit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FILTERS = {
     "COLOR": "meshopt_decodeFilterColor",
 }
 _NAMES = ("libmeshoptimizer.so.2d", "libmeshoptimizer.so")
-_NEWER = "install meshoptimizer 1.0 or later, use Blender 5, or store the file without the extension"
+_NEWER = "install a newer meshoptimizer, use Blender 5, or store the file without the extension"
 _WAY_OUT = "install meshoptimizer (Debian: libmeshoptimizer2d), use Blender 5, or store the file without the extension"
 
 
