@@ -49,6 +49,10 @@ BLENDER_EXTENSIONS = frozenset(
         "KHR_texture_transform",
     }
 )
+# What `render.gltf_decode` turns into plain buffers and PNG images before the importer sees the file.
+MESHOPT_EXTENSIONS = ("KHR_meshopt_compression", "EXT_meshopt_compression")
+BASISU_EXTENSION = "KHR_texture_basisu"
+DECODED_EXTENSIONS = frozenset({*MESHOPT_EXTENSIONS, BASISU_EXTENSION})
 _TABLES = (
     "accessors", "animations", "bufferViews", "buffers", "cameras", "images", "materials", "meshes", "nodes",
     "samplers", "scenes", "skins", "textures",
@@ -181,13 +185,13 @@ def _check_version(data: Json) -> None:
 
 
 def _check_extensions(data: Json) -> None:
-    """Refuse a file that requires what Blender's importer does not manage."""
+    """Refuse a file that requires what neither Blender's importer nor a decoder of ours manages."""
     lists = [data.get("extensionsRequired") or [], data.get("extensionsUsed") or []]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             corrupt("extensionsRequired or extensionsUsed is not a list of names")
     required, used = lists
-    if unmanaged := sorted(set(required) - BLENDER_EXTENSIONS):
+    if unmanaged := sorted(set(required) - BLENDER_EXTENSIONS - DECODED_EXTENSIONS):
         text = show(", ".join(unmanaged))
         raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"requires {text}, which Blender's importer does not read")
     if missing := sorted(set(required) - set(used)):
@@ -327,6 +331,18 @@ def used_textures(document: Document) -> set[int]:
                 ):
                     used.add(index)
     return used
+
+
+def image_of(document: Document, texture: int) -> int | None:
+    """Return the image that a texture shows: its own, else the WebP's or the KTX2's of an extension, else None."""
+    entry, where = document.table("textures")[texture], f"textures[{texture}]"
+    count = len(document.table("images"))
+    source = index_of(entry, "source", count, where)
+    extensions = object_of(entry, "extensions", where)
+    for name in ("EXT_texture_webp", BASISU_EXTENSION):
+        if source is None:
+            source = index_of(object_of(extensions, name, where), "source", count, f"{where}.{name}")
+    return source
 
 
 def _check_animations(document: Document, count: dict[str, int]) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import sniff
+from pipeline import ktx2, sniff
 from pipeline.gltf import (
     DRACO,
     Document,
     Json,
     attributes_of,
     corrupt,
+    image_of,
     index_of,
     mode_of,
     number_of,
@@ -28,6 +29,7 @@ from pipeline.gltf import (
     primitives,
     used_textures,
 )
+from pipeline.gltf_meshopt import meshopt_views
 from pipeline.side_files import find, show, uri_path
 from pipeline.types import AssetError, FailureKind
 
@@ -74,6 +76,11 @@ class Buffers:
         if index not in self._buffers:
             self._buffers[index] = self._read(index)
         return self._buffers[index]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the buffers that were asked for so far."""
+        return sum(len(data) for data in self._buffers.values())
 
     def _read(self, index: int) -> bytes:
         where = f"buffers[{index}]"
@@ -123,18 +130,18 @@ def check_data(document: Document, *, max_side_bytes: int) -> None:
     views = _check_views(document, buffers)
     for i, accessor in enumerate(document.table("accessors")):
         _check_accessor(document, accessor, f"accessors[{i}]")
-    scanned = sum(len(buffers.get(i)) for i in {view["buffer"] for view in document.table("bufferViews")})
-    reader = _Reader(document, views, budget=_SCAN_FACTOR * scanned + _SCAN_FREE_BYTES)
+    reader = _Reader(document, views, budget=_SCAN_FACTOR * buffers.num_bytes + _SCAN_FREE_BYTES)
     for mesh in range(len(document.table("meshes"))):
         for primitive, where in primitives(document, mesh):
             _check_primitive(document, reader, primitive, where)
     _check_images(document, views)
 
 
-def _check_views(document: Document, buffers: Buffers) -> list[memoryview]:
-    """Return the bytes of each buffer view."""
-    views: list[memoryview] = []
+def _check_views(document: Document, buffers: Buffers) -> list[memoryview | None]:
+    """Return the bytes of each buffer view; None for a compressed one, whose bytes are known once it is decoded."""
+    views: list[memoryview | None] = []
     count = len(document.table("buffers"))
+    compressed = meshopt_views(document)
     for i, view in enumerate(document.table("bufferViews")):
         where = f"bufferViews[{i}]"
         index = index_of(view, "buffer", count, where)
@@ -145,6 +152,10 @@ def _check_views(document: Document, buffers: Buffers) -> list[memoryview]:
         size = number_of(document.table("buffers")[index], "byteLength", f"buffers[{index}]")
         if offset + length > size:
             corrupt(f"{where} ends at byte {offset + length} of buffers[{index}], which has {size}")
+        if i in compressed:
+            buffers.get(compressed[i].buffer)  # the buffer of the view itself may be without bytes
+            views.append(None)
+            continue
         views.append(memoryview(buffers.get(index))[offset : offset + length])
     return views
 
@@ -205,12 +216,19 @@ def _element_bytes(component: int, shape: tuple[int, int]) -> int:
 class _Reader:
     """Reads accessors as arrays, within a budget of bytes."""
 
-    def __init__(self, document: Document, views: list[memoryview], *, budget: int) -> None:
+    def __init__(self, document: Document, views: list[memoryview | None], *, budget: int) -> None:
         self._document = document
         self._views = views
         self._budget = budget
         self._largest: dict[int, int] = {}
         self._finite: dict[int, bool] = {}
+
+    def is_compressed(self, index: int) -> bool:
+        """Whether an accessor's values are known only once its buffer views are decoded."""
+        accessor = self._document.table("accessors")[index]
+        sparse = accessor.get("sparse") or {}
+        parts = (accessor, sparse.get("indices") or {}, sparse.get("values") or {})
+        return any(part.get("bufferView") is not None and self._views[part["bufferView"]] is None for part in parts)
 
     def values(self, index: int) -> NDArray[Any]:
         """Return [count, components] of an accessor, its sparse part applied."""
@@ -235,6 +253,8 @@ class _Reader:
 
     def _read(self, part: Json, dtype: np.dtype[Any], width: int, count: int, where: str) -> NDArray[Any]:
         view = part["bufferView"]
+        content = self._views[view]
+        assert content is not None, "is_compressed was not asked"
         stride = self._document.table("bufferViews")[view].get("byteStride") or dtype.itemsize * width
         self._budget -= count * dtype.itemsize * width
         if self._budget < 0:
@@ -242,9 +262,7 @@ class _Reader:
         if count == 0:
             return np.zeros((0, width), dtype)
         # The range was checked, also for a stride smaller than an element.
-        return np.ndarray(
-            (count, width), dtype, self._views[view], part.get("byteOffset") or 0, strides=(stride, dtype.itemsize)
-        )
+        return np.ndarray((count, width), dtype, content, part.get("byteOffset") or 0, strides=(stride, dtype.itemsize))
 
     def largest(self, index: int) -> int:
         """Return the largest value of a scalar accessor, -1 where it is empty."""
@@ -292,6 +310,9 @@ def _check_primitive(document: Document, reader: _Reader, primitive: Json, where
         _check_indices(accessors[indices], reader, indices, count, where)
     if accessors[position]["type"] != "VEC3":
         corrupt(f"{where}: POSITION is {accessors[position]['type']}; VEC3 is required")
+    # What is compressed is looked at once it is decoded, as this file's plain copy.
+    if any(reader.is_compressed(index) for index in (position, indices) if index is not None):
+        return
     if mode_of(primitive) >= 4 and not reader.finite(position):
         values = reader.values(position)
         used = values if indices is None else values[reader.values(indices)[:, 0]]
@@ -307,38 +328,29 @@ def _check_indices(accessor: Json, reader: _Reader, index: int, count: int, wher
         )
     if accessor.get("bufferView") is None and "sparse" not in accessor:
         return  # all zero
+    if reader.is_compressed(index):
+        return
     if (largest := reader.largest(index)) >= count:
         corrupt(f"{where}: index {largest} in accessors[{index}]; there are {count} vertices")
 
 
-def _check_images(document: Document, views: list[memoryview]) -> None:
-    """Refuse a file whose materials use images that are missing, no images, or KTX2, which Blender does not decode."""
-    textures = document.table("textures")
-    checked: set[int] = set()
-    for i in sorted(used_textures(document)):
-        where = f"textures[{i}]"
-        extensions = object_of(textures[i], "extensions", where)
-        webp = index_of(
-            object_of(extensions, "EXT_texture_webp", where), "source", len(document.table("images")), where
-        )
-        source = webp if textures[i].get("source") is None else textures[i]["source"]
-        if source is None:
-            if "KHR_texture_basisu" in extensions:
-                raise AssetError(
-                    FailureKind.UNSUPPORTED_FORMAT, f"{where} is a KTX2 image, which Blender cannot decode"
-                )
-            continue  # a texture without an image is allowed: the extension that would give one is unknown
-        if source not in checked:
-            checked.add(source)
-            _check_image(document, views, document.table("images")[source], f"images[{source}]")
+def _check_images(document: Document, views: list[memoryview | None]) -> None:
+    """Refuse a file whose materials use images that are missing, or that nothing here decodes."""
+    # A texture without an image is allowed: the extension that would give one is unknown.
+    used = {image_of(document, texture) for texture in used_textures(document)} - {None}
+    for index in sorted(index for index in used if index is not None):
+        _check_image(document, views, document.table("images")[index], f"images[{index}]")
 
 
-def _check_image(document: Document, views: list[memoryview], image: Json, where: str) -> None:
+def _check_image(document: Document, views: list[memoryview | None], image: Json, where: str) -> None:
     uri = _uri_of(image, where)
     view = index_of(image, "bufferView", len(views), where)
     name = f"{where} {show(image['name'])}" if isinstance(image.get("name"), str) else where
     if view is not None:
-        head = bytes(views[view][: sniff.HEAD_BYTES])
+        content = views[view]
+        if content is None:
+            corrupt(f"{name} lies in bufferViews[{view}], which meshopt compresses; images are never so compressed")
+        head = bytes(content[: sniff.HEAD_BYTES])
     elif uri is None:
         raise AssetError(FailureKind.MISSING_TEXTURE, f"{name} has neither uri nor bufferView")
     elif uri.startswith(_DATA_URI):
@@ -354,10 +366,37 @@ def _check_image(document: Document, views: list[memoryview], image: Json, where
     found = sniff.image_format(head)
     sniff.check_image_size(head, name)
     if found == "ktx2":
-        raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{name} is a KTX2 texture, which Blender cannot decode")
+        ktx2.read_header(head, name)
     if found is None:
         what = sniff.describe(head) if head else "empty"
         raise AssetError(FailureKind.MISSING_TEXTURE, f"{name} is no image that Blender reads: {what}")
+
+
+def image_bytes(document: Document, index: int, buffers: Buffers, num_bytes: int | None = None) -> bytes | None:
+    """Return an image's content, or its first bytes; None where it has none. The document must have been checked.
+
+    Args:
+        document: the file.
+        index: of the image.
+        buffers: of the same file.
+        num_bytes: how many bytes to read, a multiple of 4; None for all.
+    """
+    image, where = document.table("images")[index], f"images[{index}]"
+    uri = _uri_of(image, where)
+    if image.get("bufferView") is not None:
+        view = document.table("bufferViews")[image["bufferView"]]
+        start = view.get("byteOffset") or 0
+        return buffers.get(view["buffer"])[start : start + view["byteLength"]][:num_bytes]
+    if uri is None:
+        return None
+    if uri.startswith(_DATA_URI):
+        stop = None if num_bytes is None else uri.find(_BASE64) + len(_BASE64) + num_bytes
+        return _decode_data_uri(uri[:stop], where)
+    path = find(document.folder, uri_path(uri))
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return file.read(num_bytes)
 
 
 def _uri_of(entry: Json, where: str) -> str | None:

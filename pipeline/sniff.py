@@ -88,6 +88,15 @@ def check_image_size(head: bytes, name: str) -> None:
     if image_format(head) != "png" or len(head) < 24:
         return
     width, height = struct.unpack(">II", head[16:24])
+    check_num_pixels(width, height, name)
+
+
+def check_num_pixels(width: int, height: int, name: str) -> None:
+    """Refuse an image of more than `MAX_IMAGE_PIXELS`.
+
+    Raises:
+        AssetError: TOO_LARGE.
+    """
     if width * height > MAX_IMAGE_PIXELS:
         raise AssetError(
             FailureKind.TOO_LARGE, f"{name} has {width} x {height} px; at most {MAX_IMAGE_PIXELS} pixels are allowed"
@@ -95,7 +104,7 @@ def check_image_size(head: bytes, name: str) -> None:
 
 
 def image_format(head: bytes) -> str | None:
-    """Return the format of an image that Blender decodes, "ktx2", or None for anything else."""
+    """Return the format of an image that Blender or `render.ktx2` decodes, or None for anything else."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\xff\xd8\xff"):

@@ -24,23 +24,28 @@ def default_scene_only(path: Path, scratch_dir: Path) -> Path:
     A file whose structure is not glTF is returned as it is: the importer will say what is wrong with it.
     """
     try:
-        text, rest = _split(path)
+        text, rest = split(path)
         document = json.loads(text)
         if not _prune(document):
             return path
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError):
         return path
     out = scratch_dir / f"default-scene{path.suffix.lower()}"
+    _absolute_uris(document, path.parent.resolve())
     if rest is None:
-        _absolute_uris(document, path.parent.resolve())
         out.write_text(json.dumps(document), encoding="utf-8")
     else:
         _write_glb(path, out, document, rest)
     return out
 
 
-def _split(path: Path) -> tuple[bytes, int | None]:
-    """Return the JSON text, and for a GLB the offset of what follows the JSON chunk."""
+def split(path: Path) -> tuple[bytes, int | None]:
+    """Return the JSON text, and for a GLB the offset of what follows the JSON chunk.
+
+    Raises:
+        ValueError: a GLB whose first chunk is not JSON, or longer than the file.
+        struct.error: a GLB shorter than its header.
+    """
     with path.open("rb") as file:
         head = file.read(20)
         if head[:4] != b"glTF":

@@ -15,6 +15,7 @@ import bpy
 
 from pipeline.types import AssetError, FailureKind
 from render.gltf import default_scene_only
+from render.gltf_decode import decoded_copy
 
 _MAX_CAUSE_CHARS = 300
 
@@ -85,7 +86,7 @@ _gltf_operator = _call(
 def _gltf(path: Path, scratch_dir: Path) -> Any:
     # The add-on adds a handler at every import and never removes one: the tenth asset's lines would come ten times.
     logging.getLogger("glTFImporter").handlers.clear()
-    return _gltf_operator(default_scene_only(path, scratch_dir), scratch_dir)
+    return _gltf_operator(default_scene_only(decoded_copy(path, scratch_dir), scratch_dir), scratch_dir)
 
 
 def _blend(path: Path, _scratch_dir: Path) -> Any:

@@ -20,7 +20,18 @@ from pipeline.spec import AdmissionSpec
 from pipeline.types import FailureKind
 from tests.pipeline.test_admission import PNG, SPEC, K, kind_of
 
-KTX2 = b"\xabKTX 20\xbb\r\n\x1a\n"
+
+def ktx2(
+    vk_format: int = 37, size: tuple[int, int, int] = (2, 3, 0), layers: int = 0, faces: int = 1, scheme: int = 0,
+    num_bytes: int = 24, inflated: int = 24,
+) -> bytes:  # fmt: skip
+    """Return the header of a KTX2 image of one level, without its pixels."""
+    head = struct.pack("<12s9I", b"\xabKTX 20\xbb\r\n\x1a\n", vk_format, 1, *size, layers, faces, 1, scheme)
+    return head + bytes(32) + struct.pack("<3Q", 104, num_bytes, inflated)
+
+
+def embedded(content: bytes) -> dict[str, str]:
+    return {"uri": f"data:;base64,{base64.b64encode(content).decode()}"}
 
 
 # ---- made glTF
@@ -92,6 +103,10 @@ ODD_BUT_HARMLESS = [
     ("images.1", {"uri": "unused.png"}),
     ("images.1", {"uri": "unused.ktx2"}),
     ("textures.0.extensions", {"KHR_texture_basisu": {"source": 0}}),
+    ("textures.0", {"extensions": {"KHR_texture_basisu": {"source": 0}}}),
+    ("images.0", embedded(ktx2())),
+    ("images.0", embedded(ktx2(vk_format=29, num_bytes=9, inflated=18, scheme=2))),
+    ("images.0", embedded(ktx2(vk_format=0, num_bytes=99, inflated=0, scheme=1))),
     ("textures.1", {}),
     ("buffers.0.byteLength", 100),
     ("buffers.1", {"uri": "unused.bin", "byteLength": 4}),
@@ -183,11 +198,19 @@ CONTRADICTIONS = [
     ("images.0", {"uri": "gone.png"}, K.MISSING_TEXTURE),
     ("images.0", {"uri": "gone.ktx2"}, K.MISSING_TEXTURE),
     ("images.0", {"uri": "data:image/png;base64,AAAA"}, K.MISSING_TEXTURE),
-    ("images.0", {"uri": f"data:;base64,{base64.b64encode(KTX2).decode()}"}, K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2()[:40]), K.CORRUPT_FILE),
+    ("images.0", embedded(ktx2(vk_format=145)), K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2(scheme=4)), K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2(size=(2, 3, 1))), K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2(layers=2)), K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2(faces=6)), K.UNSUPPORTED_FORMAT),
+    ("images.0", embedded(ktx2(size=(2**16, 2**16, 0))), K.TOO_LARGE),
+    ("images.0", embedded(ktx2(scheme=2, inflated=2**40)), K.CORRUPT_FILE),
+    ("images.0", embedded(ktx2(vk_format=0, scheme=2, inflated=17)), K.CORRUPT_FILE),
     ("images.0.bufferView", 0, K.MISSING_TEXTURE),
     ("textures.0.source", 1, K.CORRUPT_FILE),
     ("textures.0.sampler", 0, K.CORRUPT_FILE),
-    ("textures.0", {"extensions": {"KHR_texture_basisu": {"source": 0}}}, K.UNSUPPORTED_FORMAT),
+    ("textures.0", {"extensions": {"KHR_texture_basisu": {"source": 1}}}, K.CORRUPT_FILE),
     ("materials.0.pbrMetallicRoughness.baseColorTexture.index", 4, K.CORRUPT_FILE),
     ("materials.0.extensions", {"KHR_x": {"sheenColorTexture": {"index": 4}}}, K.CORRUPT_FILE),
     ("skins", [{"joints": [4]}], K.CORRUPT_FILE),
@@ -195,8 +218,8 @@ CONTRADICTIONS = [
     ("animations", [{"channels": [{"sampler": 0, "target": {"node": 0}}], "samplers": []}], K.CORRUPT_FILE),
     ("animations", [{"channels": 4}], K.CORRUPT_FILE),
     ("animations", [{"samplers": [{"input": 9, "output": 0}]}], K.CORRUPT_FILE),
-    ("extensionsRequired", ["EXT_meshopt_compression"], K.UNSUPPORTED_FORMAT),
-    ("extensionsRequired", ["KHR_texture_basisu"], K.UNSUPPORTED_FORMAT),
+    ("extensionsRequired", ["EXT_texture_of_tomorrow"], K.UNSUPPORTED_FORMAT),
+    ("extensionsRequired", ["EXT_meshopt_compression"], K.CORRUPT_FILE),  # extensionsUsed does not name it
     ("extensionsRequired", ["KHR_materials_unlit"], K.CORRUPT_FILE),
     ("extensionsRequired", "KHR_materials_unlit", K.CORRUPT_FILE),
     ("extensionsRequired", [4], K.CORRUPT_FILE),
@@ -208,6 +231,68 @@ def test_contradictions_are_named(tmp_path: Path, place: str, value: Any, kind: 
     document, binary = box()
     got, message = judge(tmp_path, set_at(document, place, value), binary)
     assert got == kind, message
+
+
+def meshopt_box() -> tuple[dict[str, Any], bytes]:
+    """Return the box with its positions compressed: by what its JSON says, the stream itself is not looked at here."""
+    document, binary = box()
+    entry = {"buffer": 0, "byteOffset": 4, "byteLength": 40, "byteStride": 12, "count": 4, "mode": "ATTRIBUTES"}
+    document["bufferViews"][0] = {"buffer": 1, "byteLength": 48, "extensions": {"EXT_meshopt_compression": entry}}
+    document["buffers"].append({"byteLength": 48, "extensions": {"EXT_meshopt_compression": {"fallback": True}}})
+    document["extensionsUsed"] = document["extensionsRequired"] = ["EXT_meshopt_compression"]
+    return document, binary
+
+
+ENTRY = "bufferViews.0.extensions.EXT_meshopt_compression"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "kind"),
+    [
+        ("extras", {}, None),
+        (f"{ENTRY}.filter", "NONE", None),
+        (f"{ENTRY}.filter", "EXPONENTIAL", None),
+        ("bufferViews.0.byteStride", 12, None),
+        ("bufferViews.0.byteLength", 47, K.CORRUPT_FILE),  # shorter than its accessor
+        ("bufferViews.0.byteLength", 49, K.CORRUPT_FILE),
+        ("bufferViews.0.byteOffset", 1, K.CORRUPT_FILE),
+        ("bufferViews.0.byteStride", 16, K.CORRUPT_FILE),
+        (ENTRY, {}, K.CORRUPT_FILE),
+        (ENTRY, 3, K.CORRUPT_FILE),
+        (f"{ENTRY}.buffer", 2, K.CORRUPT_FILE),
+        (f"{ENTRY}.buffer", 1, K.CORRUPT_FILE),  # the fallback, which has no bytes
+        (f"{ENTRY}.byteOffset", 10**9, K.CORRUPT_FILE),
+        (f"{ENTRY}.byteOffset", -1, K.CORRUPT_FILE),
+        (f"{ENTRY}.byteLength", 10**9, K.CORRUPT_FILE),
+        (f"{ENTRY}.byteStride", 0, K.CORRUPT_FILE),
+        (f"{ENTRY}.byteStride", 13, K.CORRUPT_FILE),
+        (f"{ENTRY}.byteStride", 260, K.CORRUPT_FILE),
+        (f"{ENTRY}.count", 3, K.CORRUPT_FILE),
+        (f"{ENTRY}.count", 2**31, K.TOO_LARGE),
+        (f"{ENTRY}.count", 2**60, K.CORRUPT_FILE),
+        (f"{ENTRY}.count", 4.5, K.CORRUPT_FILE),
+        (f"{ENTRY}.mode", "INDICES", K.CORRUPT_FILE),
+        (f"{ENTRY}.mode", "SPELLS", K.CORRUPT_FILE),
+        (f"{ENTRY}.mode", ..., K.CORRUPT_FILE),
+        (f"{ENTRY}.filter", "OCTAHEDRAL", K.CORRUPT_FILE),
+        (f"{ENTRY}.filter", "QUATERNION", K.CORRUPT_FILE),
+        (f"{ENTRY}.filter", "SEPIA", K.CORRUPT_FILE),
+        ("images.0.bufferView", 0, K.CORRUPT_FILE),
+    ],
+)
+def test_what_meshopt_views_say_of_themselves(tmp_path: Path, place: str, value: Any, kind: FailureKind | None) -> None:
+    document, binary = meshopt_box()
+    got, message = judge(tmp_path, set_at(document, place, value), binary)
+    assert got == kind, message
+
+
+def test_plain_bytes_beside_compressed_ones_are_what_is_checked(tmp_path: Path) -> None:
+    document, binary = meshopt_box()
+    del document["extensionsRequired"]
+    document["buffers"][1] = {"byteLength": 48, **embedded(np.full(12, np.inf, "<f4").tobytes())}
+    assert judge(tmp_path, document, binary)[0] == K.DEGENERATE_GEOMETRY
+    document["extensionsRequired"] = ["EXT_meshopt_compression"]
+    assert judge(tmp_path, document, binary)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -247,9 +332,9 @@ def test_side_files_are_found_read_and_measured(tmp_path: Path) -> None:
 
 def test_data_uris_and_mixed_up_endings(tmp_path: Path) -> None:
     document, binary = box()
-    embedded = set_at(document, "buffers.0.uri", "data:;base64," + base64.b64encode(binary).decode())
+    inside = set_at(document, "buffers.0.uri", "data:;base64," + base64.b64encode(binary).decode())
     path = tmp_path / "file"
-    path.write_text(json.dumps(embedded))
+    path.write_text(json.dumps(inside))
     assert check_file(path, "gltf", SPEC).expected_triangles == 2
     assert check_file(path, "glb", SPEC).expected_triangles == 2
     path.write_bytes(glb(document, binary))

@@ -31,6 +31,7 @@ class Glb:
 
     def __init__(self) -> None:
         self.binary = b""
+        self.more_buffers: list[dict[str, Any]] = []
         self.document: dict[str, Any] = {
             "asset": {"version": "2.0"}, "scene": 0, "scenes": [], "nodes": [], "meshes": [],
             "accessors": [], "bufferViews": [],
@@ -75,7 +76,7 @@ class Glb:
         self.document["scenes"].append({"nodes": list(nodes)})
 
     def write(self, path: Path) -> Path:
-        document = {**self.document, "buffers": [{"byteLength": len(self.binary)}]}
+        document = {**self.document, "buffers": [{"byteLength": len(self.binary)}, *self.more_buffers]}
         text = json.dumps({name: value for name, value in document.items() if value != []}).encode()
         text += b" " * (-len(text) % 4)
         body = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(self.binary), b"BIN\0")
