@@ -29,7 +29,7 @@ from PIL import Image
 
 from pipeline import SCHEMA
 from pipeline.spec import canonical_json
-from pipeline.types import Asset, Camera, Normalization, Plane, Sample
+from pipeline.types import Asset, Camera, Normalization, Plane, PlaneName, Sample
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_VIEWS = 999
@@ -116,6 +116,67 @@ def _declare_alpha(data: bytes) -> bytes:
     if data[:4] != b"RIFF" or data[12:16] != b"VP8L" or data[20] != 0x2F:
         raise SampleError("lossless WebP of an unknown layout; use the Pillow of constraints.txt")
     return data[:24] + bytes([data[24] | 0x10]) + data[25:]
+
+
+def depth_to_u16(depth: NDArray[np.floating[Any]], scale: float) -> NDArray[np.uint16]:
+    """Quantise planar z [H, W] in world units to round(z * scale); 0 stays 0 and means background.
+
+    Raises:
+        ValueError: if a depth does not fit; `scale` is chosen so that the farthest camera's does.
+    """
+    steps = np.rint(np.asarray(depth, np.float64) * scale)
+    if steps.max(initial=0) > 65535:
+        raise ValueError(f"a depth of {float(np.max(depth)):g} units does not fit 16 bits at a scale of {scale:g}")
+    return np.where(depth > 0, np.maximum(steps, 1), 0).astype(np.uint16)
+
+
+def normal_to_u8(normal: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Quantise world-space unit normals [H, W, 3] to (n + 1) / 2 in 8 bits; a zero vector, background, becomes 0."""
+    steps = np.rint((np.clip(normal, -1, 1) + 1) * 127.5)
+    return np.where((normal != 0).any(axis=-1, keepdims=True), steps, 0).astype(np.uint8)
+
+
+def albedo_to_u8(albedo: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Convert scene-linear base colour [H, W, 3] to 8-bit sRGB."""
+    return np.rint(linear_to_srgb(albedo) * 255).astype(np.uint8)
+
+
+def encode_data(name: PlaneName, pixels: NDArray[Any], codec: str, scale: float | None = None) -> Plane:
+    """Encode a data plane without loss: depth [H, W] uint16 as PNG; normal and albedo [H, W, 3] uint8 as the codec.
+
+    Args:
+        codec: codec of the spec; a lossy one is for `rgba` only, here it means lossless WebP.
+        scale: of depth: stored value = round(z * scale).
+    """
+    shape, kind = (2, np.uint16) if name == "depth" else (3, np.uint8)
+    if pixels.ndim != shape or pixels.dtype != kind:
+        raise ValueError(f"{name} has shape {pixels.shape}, {pixels.dtype}; {shape} dimensions of {kind} are required")
+    if name == "depth":
+        data = _imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])
+        return Plane(codec="png", data=data, scale=scale)
+    if codec == "png":
+        data = _imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 4])
+        return Plane(codec="png", data=data)
+    sink = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(sink, "WEBP", lossless=True, quality=_WEBP_QUALITY, method=_WEBP_METHOD)
+    return Plane(codec="webp", data=sink.getvalue())
+
+
+def decode_data(name: PlaneName, plane: Plane) -> NDArray[Any]:
+    """Decode a data plane: depth to float32 [H, W] in world units (0 is background), the others to uint8 RGB [H, W, 3].
+
+    Raises:
+        SampleError: if the bytes are not such a plane.
+    """
+    image = cv2.imdecode(np.frombuffer(plane.data, np.uint8), cv2.IMREAD_UNCHANGED) if plane.data else None
+    depth = name == "depth"
+    if image is None or (image.ndim, image.dtype) != ((2, np.uint16) if depth else (3, np.uint8)):
+        raise SampleError(f"{name} plane of {len(plane.data)} bytes does not decode to its kind of image")
+    if not depth:
+        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    if not plane.scale or plane.scale <= 0:
+        raise SampleError(f"depth plane without a scale: {plane.scale!r}")
+    return image.astype(np.float32) / np.float32(plane.scale)
 
 
 def decode_rgba(data: bytes) -> NDArray[np.uint8]:

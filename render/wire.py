@@ -1,11 +1,12 @@
 """Messages between the supervisor and its Blender child: small, length-prefixed, and read as hostile.
 
     request (stdin of the child)    one line of JSON
-    reply (a pipe of its own)       | "LRM1" | header bytes u32 | payload bytes u32 | header: JSON | payload: float32 |
+    reply (a pipe of its own)       | "LRM1" | header bytes u32 | payload bytes u32 | header: JSON | payload |
 
 Replies have a pipe of their own because Blender and its add-ons print to stdout. They are never pickles: the child has
-opened a file from a stranger. Example: a view of 2 x 2 px is the prefix, `{"index":0,"type":"view"}`, 64 bytes of
-premultiplied scene-linear RGBA, top row first.
+opened a file from a stranger. A view's header names the part of the picture that came, and its planes in the order of
+the payload: `{"box":[0,0,2,2],"index":0,"planes":["rgba"],"type":"view"}` goes with 64 bytes of premultiplied
+scene-linear RGBA, float32, top row first.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def parse_prefix(data: bytes, max_payload_bytes: int) -> tuple[int, int]:
         raise WireError(f"a reply starts with {magic!r}; {MAGIC!r} is required")
     if num_header > MAX_HEADER_BYTES:
         raise WireError(f"a reply has a header of {num_header} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    if num_payload not in (0, max_payload_bytes):
-        raise WireError(f"a reply has a payload of {num_payload} bytes; 0 or {max_payload_bytes} are allowed")
+    if num_payload > max_payload_bytes:
+        raise WireError(f"a reply has a payload of {num_payload} bytes; at most {max_payload_bytes} are allowed")
     return num_header, num_payload
 
 
