@@ -26,6 +26,7 @@ from pipeline.types import AssetError, FailureKind, Float64, Normalization
 from render.geometry import BoolArray, Triangles, bounds, find_strays, surface_points, thin
 from render.importers import import_asset
 from render.materials import check_images, complete_materials, is_transparent, is_untextured, used_images
+from render.normals import mend_normals
 from render.pose import Pose, choose_pose
 from render.textures import limit_textures
 
@@ -148,6 +149,7 @@ def prepare(
     centre = (low + high) / 2
     parts = _drop_strays(parts, stray)
     meshes = _unique_meshes(parts)
+    opposed, faces = np.sum([mend_normals(mesh) for mesh in meshes], axis=0)
     for mesh in meshes:
         complete_materials(mesh)
     materials = {m.name: m for mesh in meshes for m in mesh.materials}
@@ -167,6 +169,7 @@ def prepare(
         "untextured": is_untextured(meshes),
         "transparent": is_transparent(materials.values()),
         **pose.record(),
+        "reversed_normals_share": float(opposed / faces),
         "stray": {
             "num_triangles": int(stray.sum()),
             "area_share": float(triangles.area[stray].sum() / triangles.area.sum()),

@@ -275,6 +275,34 @@ def _fbx_late(bpy: Any) -> None:
     )
 
 
+def _export(bpy: Any) -> None:
+    """A box of 1 x 2 x 3 that stands on the ground, in the format of the path's ending; argv[3]: bare or coloured."""
+    box = _cube("box")
+    for vertex in box.data.vertices:
+        x, y, z = vertex.co
+        vertex.co = (x, 2 * y, 3 * z + 1.5)
+    if sys.argv[3] == "coloured":
+        colours = box.data.color_attributes.new("Col", "BYTE_COLOR", "CORNER")
+        for item in colours.data:
+            item.color = (1, 0, 0, 1)
+    path = sys.argv[2]
+    scene, wm = bpy.ops.export_scene, bpy.ops.wm
+    exporters = {
+        "obj": lambda: wm.obj_export(filepath=path, export_colors=True, export_materials=False),
+        "stl": lambda: wm.stl_export(filepath=path),
+        "ply": lambda: wm.ply_export(filepath=path, export_colors="SRGB"),
+        "fbx": lambda: scene.fbx(filepath=path),
+        "dae": lambda: wm.collada_export(filepath=path),
+        "glb": lambda: scene.gltf(filepath=path, export_vertex_color="ACTIVE", export_all_vertex_colors=True),
+        "gltf": lambda: scene.gltf(filepath=path, export_format="GLTF_SEPARATE", export_vertex_color="ACTIVE"),
+    }
+    ending = path.rsplit(".", 1)[1]
+    if ending.startswith("usd"):
+        wm.usd_export(filepath=path)
+    elif ending != "blend":
+        exporters[ending]()
+
+
 def main() -> None:
     """Build the scene of the kind that the command line names, and save it."""
     import bpy
