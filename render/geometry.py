@@ -9,6 +9,7 @@ aerial, a sword) that belong to the object.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +32,7 @@ WEIGHT_CELL = 1 / 128
 _COARSE_CELL = 1 / 64
 
 # Lines of the grid, each once: the axes, the diagonals of faces and of the cube, and the knight's moves between them.
-_DIRECTIONS = np.array(
-    [d for d in np.ndindex(5, 5, 5) if 1 in np.abs(np.subtract(d, 2)) and tuple(np.subtract(d, 2)) > (0, 0, 0)]
-) - 2
+_DIRECTIONS = np.array([d for d in product(range(-2, 3), repeat=3) if 1 in map(abs, d) and d > (0, 0, 0)])
 _HALF = 2**20
 
 BoolArray = NDArray[np.bool_]
@@ -131,7 +130,7 @@ def thin(points: Float64, weights: Float64, max_points: int = MAX_POINTS) -> tup
     In place of too many stand two kinds of points. One bears all the weight: of each occupied cell of a grid the mean
     of its points, weighted, and the sum of their weights. The other bears none and holds the hull: the corners of
     outermost cells of HULL_CELL, so that the convex hull, and with it the box around any projection, contains every
-    point given and reaches no further than a cell's diagonal beyond them. Cells are doubled while they are still too many.
+    point given and reaches no further than a cell's diagonal beyond them. Cells are doubled while still too many.
     """
     if len(points) <= max_points:
         return points, weights
@@ -145,8 +144,8 @@ def thin(points: Float64, weights: Float64, max_points: int = MAX_POINTS) -> tup
     total = np.bincount(group, weights)
     # A cell of no area at all still has a place.
     share = np.where(total[group] > 0, weights, 1.0)
-    mean = np.stack([np.bincount(group, share * points[:, i]) for i in range(3)], axis=1)
-    mean /= np.bincount(group, share)[:, None]
+    sums = np.stack([np.bincount(group, share * points[:, i]) for i in range(3)], axis=1)
+    mean = sums / np.bincount(group, share)[:, None]
     return np.concatenate([mean, corners]), np.concatenate([total, np.zeros(len(corners))])
 
 
@@ -212,4 +211,5 @@ def _pack(cells: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _unpack(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     mask = 2 * _HALF - 1
-    return np.stack([codes >> 42, (codes >> 21) & mask, codes & mask], axis=1) - _HALF
+    cells: NDArray[np.int64] = np.stack([codes >> 42, (codes >> 21) & mask, codes & mask], axis=1) - _HALF
+    return cells

@@ -16,18 +16,20 @@ from pipeline.types import Float64
 
 
 def mend_normals(mesh: Any) -> tuple[int, int]:
-    """Reverse the custom normals of faces that they oppose; return (number of such faces, number of faces).
+    """Reverse the custom normals of faces that they oppose; return (number of such faces, number of faces with an area).
 
     A face is judged by the sum over its corners, so that a few normals bent beyond the horizon, as low-poly models have
     at their edges, stay what they are. Without custom normals there is nothing to mend: shading follows the faces.
     """
-    num_faces = len(mesh.polygons)
-    if not mesh.has_custom_normals or num_faces == 0:
+    area = np.empty(len(mesh.polygons), np.float32)
+    mesh.polygons.foreach_get("area", area)
+    num_faces = int((area > 0).sum())
+    if not mesh.has_custom_normals:
         return 0, num_faces
     normals = _vectors(mesh.corner_normals, "vector")
     # Not mesh.polygon_normals: with custom normals set, Blender 4.5 gives those reversed with them.
-    faces = _vectors(mesh.polygons, "normal")
-    sizes = np.empty(num_faces, np.int32)
+    faces = _vectors(mesh.polygons, "normal") * (area > 0)[:, None]  # Blender gives a face without area some normal
+    sizes = np.empty(len(area), np.int32)
     mesh.polygons.foreach_get("loop_total", sizes)
     opposed, reversed_normals = oppose(normals, faces, sizes)
     if opposed.any():

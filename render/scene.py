@@ -224,7 +224,7 @@ def _collect(limits: _Limits) -> list[Part]:
         names = tuple(slot.material and slot.material.name for slot in obj.material_slots)
         key = (obj.data.as_pointer(), names)
         if key not in frozen:
-            frozen[key] = _freeze(obj, depsgraph)
+            frozen[key] = _freeze(instance, depsgraph)
         still = frozen[key]
         if still is None:
             continue
@@ -235,12 +235,20 @@ def _collect(limits: _Limits) -> list[Part]:
     return parts
 
 
-def _freeze(obj: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
-    """Return a static copy of an evaluated object: (mesh, vertices [V, 3], triangles [T, 3], polygon of each [T]).
+def _freeze(instance: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
+    """Return a static copy of an evaluated instance: (mesh, vertices [V, 3], triangles [T, 3], polygon of each [T]).
 
     None for an object without faces: points and lines have no surface to render.
     """
-    mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
+    obj = instance.object
+    if instance.is_instance and instance.parent == instance.instance_object:
+        # A part of the object's own geometry, as geometry nodes make: asked for a mesh of the object, Blender would give
+        # its main mesh instead, which may be empty.
+        mesh = obj.data.copy()
+        for slot, material in enumerate(mesh.materials):
+            mesh.materials[slot] = material and material.original
+    else:
+        mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
     if len(mesh.polygons) == 0:
         bpy.data.meshes.remove(mesh)
         return None

@@ -48,6 +48,7 @@ def _geometry_nodes(bpy: Any) -> None:
     """A cube whose modifier replaces it by two instances, at x of -3 and 3, of a cube that hides from the render."""
     source = _cube("source", (0, 0, 40))
     source.hide_render = True
+    source.data.materials.append(bpy.data.materials.new("of the source"))
     obj = _cube("host")
     tree = bpy.data.node_groups.new("scatter", "GeometryNodeTree")
     tree.interface.new_socket("Geometry", in_out="OUTPUT", socket_type="NodeSocketGeometry")

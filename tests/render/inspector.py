@@ -90,6 +90,7 @@ def _prepare(request: dict[str, Any]) -> dict[str, Any]:
         "boxes": boxes,
         "num": {kind: len(getattr(bpy.data, kind)) for kind in kinds},
         "animated": _animated(),
+        "materials": sorted({m.name for o in bpy.data.objects if o.type == "MESH" for m in o.data.materials}),
         "images": {image.name: list(image.size) for image in bpy.data.images},
     }
 
