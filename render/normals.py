@@ -16,7 +16,7 @@ from pipeline.types import Float64
 
 
 def mend_normals(mesh: Any) -> tuple[int, int]:
-    """Reverse the custom normals of faces that they oppose; return (number of such faces, number of faces with an area).
+    """Reverse the custom normals of faces that they oppose; return (how many such, how many faces with an area).
 
     A face is judged by the sum over its corners, so that a few normals bent beyond the horizon, as low-poly models have
     at their edges, stay what they are. Without custom normals there is nothing to mend: shading follows the faces.

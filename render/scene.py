@@ -242,8 +242,8 @@ def _freeze(instance: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int
     """
     obj = instance.object
     if instance.is_instance and instance.parent == instance.instance_object:
-        # A part of the object's own geometry, as geometry nodes make: asked for a mesh of the object, Blender would give
-        # its main mesh instead, which may be empty.
+        # A part of the object's own geometry, as geometry nodes make: of such an object Blender would copy its main mesh
+        # instead, which may be empty.
         mesh = obj.data.copy()
         for slot, material in enumerate(mesh.materials):
             mesh.materials[slot] = material and material.original
