@@ -97,7 +97,9 @@ class RenderSpec(BaseModel):
         "first_frame",
         description="pose of rigs and animations: the first frame, the rest pose, or one of `frames`, drawn per uid",
     )
-    frames: tuple[int, ...] = Field((), max_length=1000, description="frames to draw from where pose is frames")
+    frames: tuple[Annotated[int, Field(ge=-1_048_574, le=1_048_574)], ...] = Field(
+        (), max_length=1000, description="frames to draw from where pose is frames; the bounds are Blender's"
+    )
     max_texture_px: int | None = Field(
         4096, ge=16, description="longest side of a texture; larger ones are scaled down by powers of two"
     )

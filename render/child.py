@@ -79,9 +79,12 @@ def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
     started = time.perf_counter()
     scene.reset()
     path = None if request["path"] is None else Path(request["path"])
-    scene.load(path, request["format"], request["procedural_seed"], Path(request["scratch_dir"]))
+    scratch_dir, animated = Path(request["scratch_dir"]), spec.pose != "rest"
+    scene.load(path, request["format"], request["procedural_seed"], scratch_dir, animated=animated)
     imported = time.perf_counter()
     prepared = scene.prepare(
+        spec,
+        request["seed"],
         max_triangles=request["max_triangles"],
         expected_triangles=request["expected_triangles"],
         min_triangle_share=request["min_triangle_share"],

@@ -30,13 +30,22 @@ def default_scene_only(path: Path, scratch_dir: Path) -> Path:
             return path
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError):
         return path
-    out = scratch_dir / f"default-scene{path.suffix.lower()}"
-    _absolute_uris(document, path.parent.resolve())
-    if rest is None:
-        out.write_text(json.dumps(document), encoding="utf-8")
-    else:
-        _write_glb(path, out, document, rest)
-    return out
+    return _write(path, scratch_dir / f"default-scene{path.suffix.lower()}", document, rest)
+
+
+def without_animations(path: Path, scratch_dir: Path) -> Path:
+    """Return a path to the file without its animations, so that nodes and morph weights keep their static values.
+
+    It is `path` itself where there is none, and where the structure is not glTF.
+    """
+    try:
+        text, rest = split(path)
+        document = json.loads(text)
+        if not document.pop("animations", None):
+            return path
+    except (ValueError, TypeError, AttributeError, struct.error, RecursionError):
+        return path
+    return _write(path, scratch_dir / f"still{path.suffix.lower()}", document, rest)
 
 
 def split(path: Path) -> tuple[bytes, int | None]:
@@ -80,6 +89,15 @@ def _prune(document: dict[str, Any]) -> bool:
         for name in ("KHR_lights_punctual", "EXT_mesh_gpu_instancing"):
             changed |= node.get("extensions", {}).pop(name, None) is not None
     return changed
+
+
+def _write(source: Path, out: Path, document: dict[str, Any], rest: int | None) -> Path:
+    if rest is None:
+        _absolute_uris(document, source.parent.resolve())
+        out.write_text(json.dumps(document), encoding="utf-8")
+    else:
+        _write_glb(source, out, document, rest)
+    return out
 
 
 def _absolute_uris(document: dict[str, Any], folder: Path) -> None:

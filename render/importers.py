@@ -14,14 +14,23 @@ from typing import Any, cast
 import bpy
 
 from pipeline.types import AssetError, FailureKind
-from render.gltf import default_scene_only
+from render.gltf import default_scene_only, without_animations
 from render.gltf_decode import decoded_copy
 
 _MAX_CAUSE_CHARS = 300
 
+# (file, folder for rewritten copies, whether animations come in) -> what the operator returns
+_Importer = Callable[[Path, Path, bool], Any]
 
-def import_asset(path: Path, format_name: str, scratch_dir: Path) -> None:
+
+def import_asset(path: Path, format_name: str, scratch_dir: Path, *, animated: bool = True) -> None:
     """Import a file into the current, empty scene.
+
+    Args:
+        path: the file.
+        format_name: its format, a key of the table below.
+        scratch_dir: where a rewritten copy may be put; it must last until the scene is prepared.
+        animated: whether animations come in, where the importer leaves the choice (glTF and FBX).
 
     Raises:
         AssetError: UNSUPPORTED_FORMAT if this Blender has no importer for it, IMPORT_ERROR with the cause otherwise.
@@ -31,7 +40,7 @@ def import_asset(path: Path, format_name: str, scratch_dir: Path) -> None:
         known = ", ".join(sorted(_IMPORTERS))
         raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"format {format_name!r} is not one of: {known}")
     try:
-        result = importer(path, scratch_dir)
+        result = importer(path, scratch_dir, animated)
     except RuntimeError as error:
         raise AssetError(FailureKind.IMPORT_ERROR, f"{format_name}: {_cause(str(error))}") from None
     if "FINISHED" not in result:
@@ -56,15 +65,16 @@ def _operator(name: str) -> Callable[..., Any] | None:
     return cast(Callable[..., Any], operator)
 
 
-def _call(names: tuple[str, ...], **settings: Any) -> Callable[[Path, Path], Any]:
+def _call(names: tuple[str, ...], **settings: Any) -> _Importer:
     """Return an importer that calls the first of the operators that this Blender has."""
 
-    def run(path: Path, _scratch_dir: Path) -> Any:
+    def run(path: Path, _scratch_dir: Path, animated: bool) -> Any:
         for name in names:
             operator: Any = _operator(name)
             if operator is not None:
                 known = {prop.identifier for prop in operator.get_rna_type().properties}
-                return operator(filepath=str(path), **{k: v for k, v in settings.items() if k in known})
+                chosen = {**settings, "use_anim": animated}
+                return operator(filepath=str(path), **{k: v for k, v in chosen.items() if k in known})
         found = f"Blender {bpy.app.version_string} has none of the operators {', '.join(names)}"
         raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{path.suffix} files: {found}")
 
@@ -83,13 +93,14 @@ _gltf_operator = _call(
 )
 
 
-def _gltf(path: Path, scratch_dir: Path) -> Any:
+def _gltf(path: Path, scratch_dir: Path, animated: bool) -> Any:
     # The add-on adds a handler at every import and never removes one: the tenth asset's lines would come ten times.
     logging.getLogger("glTFImporter").handlers.clear()
-    return _gltf_operator(default_scene_only(decoded_copy(path, scratch_dir), scratch_dir), scratch_dir)
+    path = default_scene_only(decoded_copy(path, scratch_dir), scratch_dir)
+    return _gltf_operator(path if animated else without_animations(path, scratch_dir), scratch_dir, animated)
 
 
-def _blend(path: Path, _scratch_dir: Path) -> Any:
+def _blend(path: Path, _scratch_dir: Path, _animated: bool) -> Any:
     """Open a .blend file: its own active scene is the asset; scripts that it carries never run."""
     result = bpy.ops.wm.open_mainfile(filepath=str(path), load_ui=False, use_scripts=False)
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False
@@ -105,17 +116,18 @@ _usd = _call(
     import_render=True,
     import_visible_only=True,
     import_textures_mode="IMPORT_PACK",
-    set_frame_range=False,
+    set_frame_range=True,  # the only word on where cached animation begins
     create_world_material=False,
     validate_meshes=True,
 )
 
-_IMPORTERS: dict[str, Callable[[Path, Path], Any]] = {
+_IMPORTERS: dict[str, _Importer] = {
     "glb": _gltf,
     "gltf": _gltf,
     "obj": _call(("wm.obj_import",), forward_axis="NEGATIVE_Z", up_axis="Y", validate_meshes=True),
     # Blender 4.5 has both; the newer one, the default from 5.0 on, also reads ASCII files.
-    "fbx": _call(("wm.fbx_import", "import_scene.fbx"), validate_meshes=True),
+    # Without an offset a frame is the one that the file names: Blender would put the file's time 0 at frame 1.
+    "fbx": _call(("wm.fbx_import", "import_scene.fbx"), validate_meshes=True, anim_offset=0.0),
     "stl": _call(("wm.stl_import",), use_mesh_validate=True),
     "ply": _call(("wm.ply_import",), import_colors="SRGB"),
     "dae": _call(("wm.collada_import",)),

@@ -21,13 +21,14 @@ import numpy as np
 from mathutils import Matrix
 from numpy.typing import NDArray
 
+from pipeline.spec import RenderSpec
 from pipeline.types import AssetError, FailureKind, Float64, Normalization
-from render.geometry import BoolArray, Triangles, bounds, find_strays
+from render.geometry import BoolArray, Triangles, bounds, find_strays, surface_points, thin
 from render.importers import import_asset
 from render.materials import check_images, complete_materials, is_transparent, is_untextured, used_images
-
-FRAME = 1
-"""The frame whose pose is rendered: the first of the action that the importer left assigned."""
+from render.normals import mend_normals
+from render.pose import Pose, choose_pose
+from render.textures import limit_textures
 
 FAR_RATIO = 16.0
 """Beyond this many extents from the origin an object is moved near it before its matrices, float32, are read."""
@@ -46,12 +47,22 @@ class Part:
     polygons: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedScene:
-    """What stands in Blender's current scene: its similarity to the source, and facts for the sample's quality."""
+    """What stands in Blender's current scene.
+
+    Attributes:
+        normalization: the similarity that took the source to the world.
+        quality: facts for the sample's quality.
+        points: [N, 3] in world units; the surface lies in their convex hull, which is at most 1/256 wider than it. They
+            are the corners of all faces, or, where those are too many, what `render.geometry.thin` makes of them.
+        weights: [N] the area of the surface that each point stands for, in square world units; they add up to its area.
+    """
 
     normalization: Normalization
     quality: dict[str, Any]
+    points: Float64
+    weights: Float64
 
 
 @dataclass(slots=True)
@@ -77,53 +88,88 @@ def reset() -> None:
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False
 
 
-def load(path: Path | None, format_name: str, procedural_seed: int | None, scratch_dir: Path) -> None:
-    """Fill the empty scene: from a file, or from a seed for procedural assets."""
+def load(
+    path: Path | None,
+    format_name: str,
+    procedural_seed: int | None,
+    scratch_dir: Path,
+    *,
+    animated: bool = True,
+) -> None:
+    """Fill the empty scene: from a file, or from a seed for procedural assets.
+
+    Args:
+        path: the asset's file; None for a procedural asset.
+        format_name: the file's format, as `import_asset` knows it.
+        procedural_seed: the seed of a procedural asset; None for a file.
+        scratch_dir: where a rewritten copy of the file may be put.
+        animated: whether the file's animations are wanted; not for the rest pose.
+    """
     if procedural_seed is not None:
         from render.procedural import build
 
         build(procedural_seed)
     elif path is not None:
-        import_asset(path, format_name, scratch_dir)
+        import_asset(path, format_name, scratch_dir, animated=animated)
     else:
         raise AssetError(FailureKind.INTERNAL, f"a {format_name} asset came without a file")
 
 
-def prepare(*, max_triangles: int, expected_triangles: int | None, min_triangle_share: float) -> PreparedScene:
+def prepare(
+    spec: RenderSpec,
+    seed: int,
+    *,
+    max_triangles: int,
+    expected_triangles: int | None,
+    min_triangle_share: float,
+) -> PreparedScene:
     """Freeze, normalise and place what was imported; afterwards the current scene holds nothing else.
+
+    Args:
+        spec: its `pose`, `frames` and `max_texture_px` are used.
+        seed: the sample's seed.
+        max_triangles: the most that the scene may hold, instances counted each.
+        expected_triangles: what the file's header promises, where that is known.
+        min_triangle_share: the least share of it that must have come in.
 
     Raises:
         AssetError: EMPTY_SCENE, DEGENERATE_GEOMETRY, TOO_LARGE, PARTIAL_IMPORT or MISSING_TEXTURE.
     """
     limits = _Limits(max_triangles, expected_triangles, min_triangle_share)
+    pose = choose_pose(spec, seed)
     _show_what_renders()
-    bpy.context.scene.frame_set(FRAME)
+    pose.show()
     parts = _collect(limits)
     triangles, stray, low, high = _measure(parts, limits)
     shift = np.zeros(3)
     if _is_far(low, high):
-        shift, parts = _bring_near((low + high) / 2, parts, limits)
+        shift, parts = _bring_near((low + high) / 2, parts, limits, pose)
         triangles, stray, low, high = _measure(parts, limits)
     scale = 2.0 / float((high - low).max())
     centre = (low + high) / 2
     parts = _drop_strays(parts, stray)
     meshes = _unique_meshes(parts)
+    opposed, faces = np.sum([mend_normals(mesh) for mesh in meshes], axis=0)
     for mesh in meshes:
         complete_materials(mesh)
     materials = {m.name: m for mesh in meshes for m in mesh.materials}
     images = used_images(materials.values())
+    textures = limit_textures(images, spec.max_texture_px)
     check_images(images)
     _place(parts, scale, centre)
-    _check_placed()
+    points, weights = _placed_surface()
+    _check_placed(points)
     quality = {
         "num_triangles": int((~stray).sum()),
         "num_triangles_file": expected_triangles,
         "num_meshes": len(parts),
         "num_materials": len(materials),
         "num_images": len(images),
+        **textures,
         "untextured": is_untextured(meshes),
         "transparent": is_transparent(materials.values()),
-        "frame": FRAME,
+        **pose.record(),
+        "reversed_normals_share": float(opposed / faces),
         "stray": {
             "num_triangles": int(stray.sum()),
             "area_share": float(triangles.area[stray].sum() / triangles.area.sum()),
@@ -133,7 +179,8 @@ def prepare(*, max_triangles: int, expected_triangles: int | None, min_triangle_
     }
     # A point p of the source was seen at p + shift, and stands at scale * (p + shift - centre).
     normalization = Normalization(scale=scale, rotation=np.eye(3), translation=scale * (shift - centre))
-    return PreparedScene(normalization=normalization, quality=quality)
+    points, weights = thin(points, weights)
+    return PreparedScene(normalization=normalization, quality=quality, points=points, weights=weights)
 
 
 def _show_what_renders() -> None:
@@ -177,7 +224,7 @@ def _collect(limits: _Limits) -> list[Part]:
         names = tuple(slot.material and slot.material.name for slot in obj.material_slots)
         key = (obj.data.as_pointer(), names)
         if key not in frozen:
-            frozen[key] = _freeze(obj, depsgraph)
+            frozen[key] = _freeze(instance, depsgraph)
         still = frozen[key]
         if still is None:
             continue
@@ -188,21 +235,34 @@ def _collect(limits: _Limits) -> list[Part]:
     return parts
 
 
-def _freeze(obj: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
-    """Return a static copy of an evaluated object: (mesh, vertices [V, 3], triangles [T, 3], polygon of each [T]).
+def _freeze(instance: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int32], NDArray[np.int32]] | None:
+    """Return a static copy of an evaluated instance: (mesh, vertices [V, 3], triangles [T, 3], polygon of each [T]).
 
     None for an object without faces: points and lines have no surface to render.
     """
-    mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
+    obj = instance.object
+    if instance.is_instance and instance.parent == instance.instance_object:
+        # A part of the object's own geometry, as geometry nodes make: of such an object Blender would copy its main mesh
+        # instead, which may be empty.
+        mesh = obj.data.copy()
+        for slot, material in enumerate(mesh.materials):
+            mesh.materials[slot] = material and material.original
+    else:
+        mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
     if len(mesh.polygons) == 0:
         bpy.data.meshes.remove(mesh)
         return None
+    return mesh, _vertices(mesh), *_triangles(mesh)
+
+
+def _triangles(mesh: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the vertex indexes [T, 3] of a mesh's triangles, and the polygon [T] that each is of."""
     mesh.calc_loop_triangles()
     triangles = np.empty((len(mesh.loop_triangles), 3), np.int32)
     mesh.loop_triangles.foreach_get("vertices", triangles.reshape(-1))
     polygons = np.empty(len(mesh.loop_triangles), np.int32)
     mesh.loop_triangles.foreach_get("polygon_index", polygons)
-    return mesh, _vertices(mesh), triangles, polygons
+    return triangles, polygons
 
 
 def _vertices(mesh: Any) -> Float64:
@@ -242,7 +302,7 @@ def _is_far(low: Float64, high: Float64) -> bool:
     return float(np.abs(low + high).max() / 2) > FAR_RATIO * float((high - low).max())
 
 
-def _bring_near(centre: Float64, parts: list[Part], limits: _Limits) -> tuple[Float64, list[Part]]:
+def _bring_near(centre: Float64, parts: list[Part], limits: _Limits, pose: Pose) -> tuple[Float64, list[Part]]:
     """Move the roots by -centre and evaluate again: at 1e6 units float32 resolves 0.06.
 
     Returns the shift [3] as Blender stored it, and the parts read anew. delta_location adds to an animated location,
@@ -254,7 +314,7 @@ def _bring_near(centre: Float64, parts: list[Part], limits: _Limits) -> tuple[Fl
     for obj, delta in zip(roots, before, strict=True):
         obj.delta_location = [float(a + b) for a, b in zip(delta, shift, strict=True)]
     _discard(parts)
-    bpy.context.scene.frame_set(FRAME)
+    pose.show()
     near = _collect(limits)
     everything = Triangles.concatenate([part.triangles for part in near])
     low, high = bounds(everything, ~find_strays(everything))
@@ -263,7 +323,7 @@ def _bring_near(centre: Float64, parts: list[Part], limits: _Limits) -> tuple[Fl
     for obj, delta in zip(roots, before, strict=True):
         obj.delta_location = delta
     _discard(near)
-    bpy.context.scene.frame_set(FRAME)
+    pose.show()
     return np.zeros(3), _collect(limits)
 
 
@@ -328,7 +388,6 @@ def _place(parts: list[Part], scale: float, centre: Float64) -> None:
     for blocks in (bpy.data.actions, bpy.data.worlds, bpy.data.collections, bpy.data.texts, bpy.data.libraries):
         bpy.data.batch_remove([*blocks])
     bpy.data.orphans_purge(do_recursive=True)
-    stage.frame_set(FRAME)
 
 
 def _localise(mesh: Any) -> Float64:
@@ -364,27 +423,27 @@ def _still_materials() -> None:
                 tree.animation_data_clear()
 
 
-def _check_placed() -> None:
-    """Assert that the evaluated scene fills [-1, 1]^3 and does not leave it: guards every step before."""
+def _placed_surface() -> tuple[Float64, Float64]:
+    """Return the corners [N, 3] of all faces of the placed scene, as it evaluates, and the area [N] that each bears."""
     bpy.context.view_layer.update()
     depsgraph = bpy.context.evaluated_depsgraph_get()
-    largest = 0.0
+    meshes: dict[int, tuple[Float64, NDArray[np.int32]]] = {}
+    parts = []
     for instance in depsgraph.object_instances:
         if instance.object.type == "MESH":
-            used = _used_vertices(instance.object.data)
-            matrix = np.array(instance.matrix_world, np.float64)
-            largest = max(largest, float(np.abs(used @ matrix[:3, :3].T + matrix[:3, 3]).max()))
+            mesh = instance.object.data
+            key = mesh.as_pointer()
+            if key not in meshes:
+                meshes[key] = _vertices(mesh), _triangles(mesh)[0]
+            parts.append(surface_points(*meshes[key], np.array(instance.matrix_world, np.float64)))
+    points, weights = zip(*parts, strict=True)
+    return np.concatenate(points), np.concatenate(weights)
+
+
+def _check_placed(points: Float64) -> None:
+    """Assert that the evaluated scene fills [-1, 1]^3 and does not leave it: guards every step before."""
+    largest = float(np.abs(points).max())
     if abs(largest - 1) > _BOUNDS_TOLERANCE:
         raise AssetError(
             FailureKind.INTERNAL, f"the placed scene reaches {largest:.6f} from the origin along an axis; 1 is required"
         )
-
-
-def _used_vertices(mesh: Any) -> Float64:
-    """Return the vertices [U, 3] that faces use: loose ones are not rendered and do not count."""
-    index = np.empty(len(mesh.loops), np.int32)
-    mesh.loops.foreach_get("vertex_index", index)
-    used = np.zeros(len(mesh.vertices), bool)
-    used[index] = True
-    vertices: Float64 = _vertices(mesh)[used]
-    return vertices

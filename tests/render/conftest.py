@@ -11,6 +11,8 @@ import pytest
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, Sample
 from render.worker import RenderWorker
+from tests.render.blends import write_blend
+from tests.render.inspector import Inspector
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
 
@@ -52,3 +54,16 @@ def render(worker: RenderWorker) -> Render:
         return worker.render(asset_of(path), path, **options)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def inspector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inspector]:
+    """One Blender that prepares scenes and tells what stands in them."""
+    with Inspector(tmp_path_factory.mktemp("inspector")) as one:
+        yield one
+
+
+@pytest.fixture
+def blend(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes the .blend file of a kind of `tests.render.blends`."""
+    return lambda kind, *extra: write_blend(kind, tmp_path / f"{kind}.blend", *extra)

@@ -72,6 +72,14 @@ class Glb:
         self.document["nodes"].append(fields)
         return len(self.document["nodes"]) - 1
 
+    def animation(self, node: int, path: str, times_s: Sequence[float], values: Any) -> None:
+        """Add an animation of one channel: `path` is translation, weights and so on; values is [num_times, ...]."""
+        rows = np.asarray(values, np.float32)
+        kind = {"translation": "VEC3", "scale": "VEC3", "rotation": "VEC4", "weights": "SCALAR"}[path]
+        sampler = {"input": self.accessor(np.float32(times_s), "SCALAR"), "output": self.accessor(rows, kind)}
+        channel = {"sampler": 0, "target": {"node": node, "path": path}}
+        self.document.setdefault("animations", []).append({"samplers": [sampler], "channels": [channel]})
+
     def scene(self, *nodes: int) -> None:
         self.document["scenes"].append({"nodes": list(nodes)})
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from render import wire
-from render.geometry import Triangles, bounds, find_strays
+from render.geometry import HULL_CELL, Triangles, bounds, find_strays, surface_points, thin
 from render.gltf import default_scene_only
 from tests.render.files import CUBE_TRIANGLES, CUBE_VERTICES, Glb, one_mesh_glb
 
@@ -57,6 +57,48 @@ def test_strays_do_not_depend_on_scale_and_never_hold_much(parts: list[tuple[flo
     assert not stray.all()
     assert triangles.area[stray].sum() < 0.04 * triangles.area.sum()
     assert len(stray) == 12 * len(parts)
+
+
+def test_the_points_of_a_surface_bear_its_area_and_loose_vertices_are_none() -> None:
+    vertices = np.concatenate([CUBE_VERTICES, [[100, 0, 0]]]).astype(float)
+    matrix = np.diag([2.0, 2.0, 2.0, 1.0])
+    matrix[:3, 3] = 1, 0, 0
+    points, weights = surface_points(vertices, CUBE_TRIANGLES.astype(np.int32), matrix)
+    np.testing.assert_allclose(points, CUBE_VERTICES * 2 + [1, 0, 0])
+    assert weights.sum() == pytest.approx(24)
+    # A corner where two triangles of a side meet bears twice what one with a single triangle does.
+    assert set(np.round(weights * 3).astype(int)) <= {6, 8, 10, 12}
+
+
+def test_few_points_are_left_as_they_are() -> None:
+    points, weights = np.random.default_rng(0).uniform(-1, 1, (100, 3)), np.ones(100)
+    thinned = thin(points, weights, 100)
+    assert thinned[0] is points
+    assert thinned[1] is weights
+
+
+@pytest.mark.parametrize("kind", ["sphere", "cube", "cloud", "line", "point"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_thinned_points_hold_the_hull_and_the_weight(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(60_000, 3))
+    if kind == "sphere":
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+    elif kind == "cube":
+        points /= np.abs(points).max(axis=1, keepdims=True)
+    else:
+        points = rng.uniform(-1, 1, points.shape) * {"cloud": 1, "line": [1, 0, 0], "point": 0}[kind]
+    weights = rng.uniform(0, 1, len(points))
+    out, bears = thin(points, weights, 50_000)
+    assert len(out) <= 50_000
+    assert bears.sum() == pytest.approx(weights.sum())
+    np.testing.assert_allclose(bears @ out / bears.sum(), weights @ points / weights.sum(), atol=1e-9)
+    directions = rng.normal(size=(500, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    over = (out @ directions.T).max(axis=0) - (points @ directions.T).max(axis=0)
+    assert over.min() >= -1e-12, "a point stands outside of the hull"
+    # A cell's diagonal; with so few corners allowed, the sphere's and the cloud's cells had to be doubled.
+    assert over.max() <= HULL_CELL * np.sqrt(3) * (1 if kind in ("cube", "line", "point") else 8)
 
 
 def test_a_file_without_spare_nodes_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,106 +80,6 @@ def test_shear_and_mirroring_survive(render: Render, tmp_path: Path) -> None:
     sample = render(glb.write(tmp_path / "sheared.glb"))
     reach = (0.5 + 1.0) * np.sqrt(0.5)
     assert_box(sample, [-4 * reach, -1.5, -reach], [4 * reach, 1.5, reach])
-
-
-BLEND = """
-import bpy, sys
-bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
-scene = bpy.context.scene
-def cube(name, at, size=1.0, collection=scene.collection):
-    bpy.ops.mesh.primitive_cube_add(size=size, location=at)
-    obj = bpy.context.object
-    obj.name = name
-    for old in obj.users_collection:
-        old.objects.unlink(obj)
-    collection.objects.link(obj)
-    return obj
-kind = sys.argv[1]
-if kind == "instances":
-    hidden = bpy.data.collections.new("library")
-    cube("original", (0, 0, 0), collection=hidden)
-    for x in (0, 6):
-        empty = bpy.data.objects.new("instancer", None)
-        empty.instance_type, empty.instance_collection, empty.location = "COLLECTION", hidden, (x, 0, 0)
-        scene.collection.objects.link(empty)
-elif kind == "curves":
-    bpy.ops.curve.primitive_bezier_circle_add(radius=2.0)
-    bpy.context.object.data.bevel_depth = 0.5
-    bpy.context.object.data.materials.append(bpy.data.materials.new("ring"))
-    bpy.ops.object.text_add(location=(0, 0, 3))
-    bpy.context.object.data.extrude = 0.1
-elif kind == "metaballs":
-    bpy.ops.object.metaball_add(type="BALL", radius=2.0)
-    bpy.ops.object.metaball_add(type="BALL", radius=2.0, location=(1.5, 0, 0))
-elif kind == "hidden":
-    cube("seen", (0, 0, 0))
-    cube("hidden from render", (30, 0, 0)).hide_render = True
-    excluded = bpy.data.collections.new("excluded")
-    scene.collection.children.link(excluded)
-    cube("in excluded", (0, 30, 0), collection=excluded)
-    bpy.context.view_layer.layer_collection.children["excluded"].exclude = True
-    dark = bpy.data.collections.new("dark")
-    scene.collection.children.link(dark)
-    cube("in hidden collection", (0, 0, 30), collection=dark)
-    dark.hide_render = True
-    cube("hidden from the viewport only", (1, 0, 0)).hide_viewport = True
-elif kind == "company":
-    cube("seen", (0, 0, 0))
-    data = bpy.data.lights.new("Light", "SUN")
-    data.energy = 1000
-    light = bpy.data.objects.new("Light", data)
-    light.location = (50, 0, 0)
-    camera = bpy.data.objects.new("Camera", bpy.data.cameras.new("Camera"))
-    camera.location, camera.scale = (0, -8, 0), (2, 2, 2)
-    for obj in (light, camera):
-        scene.collection.objects.link(obj)
-    scene.camera = camera
-    cube("held by the camera", (0, 0, 1)).parent = camera
-    scene.world = bpy.data.worlds.new("bright")
-    scene.world.use_nodes = True
-    scene.world.node_tree.nodes["Background"].inputs["Strength"].default_value = 1000
-    scene.render.film_transparent = False
-    scene.render.resolution_percentage = 50
-elif kind == "moving":
-    obj = cube("mover", (0, 0, 0))
-    for frame in (1, 40):
-        obj.location = (frame, 0, 0)
-        obj.keyframe_insert("location", frame=frame)
-    cube("fixed", (0, 0, 3))
-    scene.frame_set(20)
-elif kind == "scripts":
-    cube("seen", (0, 0, 0))
-    text = bpy.data.texts.new("run.py")
-    text.write("import pathlib; pathlib.Path(%r).write_text('ran')" % sys.argv[3])
-    text.use_module = True
-    driver = bpy.context.object.driver_add("location", 0).driver
-    driver.expression = "__import__('pathlib').Path(%r).write_text('ran')" % sys.argv[3]
-elif kind == "odd":
-    vertices = cube("seen", (0, 0, 0)).data.vertices
-    vertices[0].co.y, vertices[1].co.y = float(sys.argv[3]), -float(sys.argv[3])
-elif kind == "subdivided":
-    obj = cube("seen", (0, 0, 0), size=2.0)
-    modifier = obj.modifiers.new("subdivision", "SUBSURF")
-    modifier.subdivision_type, modifier.levels, modifier.render_levels = "SIMPLE", 0, 2
-bpy.ops.wm.save_as_mainfile(filepath=sys.argv[2])
-__import__("os")._exit(0)  # a driver may keep Blender from quitting
-"""
-
-
-@pytest.fixture
-def blend(tmp_path: Path):
-    def make(kind: str, *extra: str) -> Path:
-        path = tmp_path / f"{kind}.blend"
-        subprocess.run(
-            [sys.executable, "-c", BLEND, kind, str(path), *extra],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=60,
-            env=os.environ | {"TMPDIR": str(tmp_path)},  # bpy leaves a temporary folder behind
-        )
-        return path
-
-    return make
 
 
 def test_4_collection_instances_count(render: Render, blend) -> None:
