@@ -37,6 +37,9 @@ Points reach 0.75 px beyond themselves through the pixel filter, and a border pi
 at 2 px the border stays empty, and a picture that touches its border shows a fault.
 """
 
+CANONICAL_PX, NUM_SIDES = 64, 4
+"""Width and height, and number, of the views by which duplicates are told."""
+
 MAX_DEPTH_SCALE, _MAX_UINT16 = 8192.0, 65535
 
 
@@ -192,6 +195,17 @@ def cameras_for(spec: RenderSpec, seed: int) -> list[Camera]:
             height=spec.resolution_px,
         )
         for centre in sample_centres(spec, seed)
+    ]
+
+
+def canonical_cameras() -> list[Camera]:
+    """Return four cameras that are the same for every object: front (-y), right (+x), back (+y), top (+z), 64 px."""
+    distance = BOX_RADIUS / math.sin(math.radians(25))
+    centres = distance * np.array([[0.0, -1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    matrix = intrinsics(CANONICAL_PX, 50.0)
+    return [
+        Camera(world_from_camera=look_at(c), intrinsics=matrix.copy(), width=CANONICAL_PX, height=CANONICAL_PX)
+        for c in centres
     ]
 
 

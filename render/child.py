@@ -1,6 +1,6 @@
 """The Blender child: one process that renders many assets, told by lines of JSON, answering through a pipe of its own.
 
-    python -P -s -m render.child --result-fd N --parent-pid N --memory-bytes N --threads N
+    python -P -s -m render.child --result-fd N --parent-pid N --memory-bytes N --threads N --device NAME
 
 It is started by `render.process` and trusts its orders, but not the files that it opens; the supervisor trusts nothing
 that comes back. Before Blender is imported the process ties its life to its supervisor's, limits itself, and leaves the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import resource
@@ -20,17 +21,24 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import RenderSpec
 from pipeline.types import AssetError, FailureKind
 from render import wire
-from render.cameras import cameras_for
+from render.cameras import cameras_for, cropped_share
+from render.views import pack_view
+
+if TYPE_CHECKING:
+    from render.denoise import Denoiser
+    from render.engine import RenderedView
+    from render.scene import PreparedScene
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MAX_FILE_BYTES = 2 * 2**30
+_MAX_DB = 99.0
 
 # Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
 # space, since Blender reserves far more addresses than it touches.
@@ -42,22 +50,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     _die_with(args.parent_pid)
     _limit(args.memory_bytes)
     network = _leave_network()
     import bpy
 
-    wire.send(args.result_fd, {"type": "ready", "blender": bpy.app.version_string, "network": network})
+    from render.devices import DeviceError, use_device
+
+    try:
+        device = use_device(args.device)
+    except DeviceError as error:
+        wire.send(args.result_fd, {"type": "no_device", "message": str(error)})
+        return 3
+    ready = {"type": "ready", "blender": bpy.app.version_string, "network": network, "device": device.name}
+    wire.send(args.result_fd, ready)
     for line in sys.stdin.buffer:
-        _answer(json.loads(line), args.result_fd, args.threads)
+        _answer(json.loads(line), args.result_fd, args.threads, device.cycles)
     return 0
 
 
-def _answer(request: dict[str, Any], fd: int, num_threads: int) -> None:
+def _answer(request: dict[str, Any], fd: int, num_threads: int, device: str) -> None:
     """Render one asset, or say why not. What is not an AssetError is a fault of ours or of Blender's Python."""
     try:
-        _render(request, fd, num_threads)
+        _render(request, fd, num_threads, device)
     except AssetError as error:
         kind, message = error.kind, error.message
     except MemoryError:
@@ -72,7 +89,7 @@ def _answer(request: dict[str, Any], fd: int, num_threads: int) -> None:
     wire.send(fd, {"type": "error", "kind": kind.value, "message": message[:500]})
 
 
-def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
+def _render(request: dict[str, Any], fd: int, num_threads: int, device: str) -> None:
     from render import engine, lighting, scene
 
     spec = RenderSpec.model_validate(request["render"])
@@ -91,34 +108,50 @@ def _render(request: dict[str, Any], fd: int, num_threads: int) -> None:
     )
     lights = lighting.set_lights(spec.lighting, request["seed"])
     frozen = time.perf_counter()
+    _send_scene(fd, prepared, lights)
+    renderer = engine.Engine(
+        spec, request["seed"], num_threads, points=prepared.points, transparent=prepared.quality["transparent"],
+        denoiser=_denoiser(num_threads), device=device,
+    )  # fmt: skip
+    cameras = cameras_for(spec, request["seed"])
+    try:
+        sides = renderer.render_bare(cameras)
+        wire.send(fd, {"type": "sides", "shape": list(sides.shape)}, sides.data.cast("B"))
+        for index, (camera, view) in enumerate(zip(cameras, renderer.render_views(), strict=True)):
+            cropped = cropped_share(camera, prepared.points, prepared.weights)
+            _send_view(fd, index, view, round(cropped, 6))
+    finally:
+        renderer.close()
+    done = time.perf_counter()
+    stages = {"import": imported - started, "freeze": frozen - imported, "views": done - frozen, **renderer.seconds}
+    wire.send(fd, {"type": "done", "seconds": stages})
+
+
+def _send_scene(fd: int, prepared: PreparedScene, lights: dict[str, Any]) -> None:
     norm = prepared.normalization
     similarity = {
         "scale": norm.scale,
         "rotation": norm.rotation.tolist(),
         "translation": norm.translation.tolist(),
     }
-    header = {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights}
-    wire.send(fd, header)
-    renderer = engine.Engine(spec, num_threads, transparent=prepared.quality["transparent"])
-    cameras = cameras_for(spec, request["seed"])
-    seeds = [engine.view_seed(request["seed"], index) for index in range(len(cameras))]
-    seconds, before = [], time.perf_counter()
-    try:
-        for index, pixels in enumerate(renderer.render_views(cameras, seeds)):
-            seconds.append(time.perf_counter() - before)
-            wire.send(fd, {"type": "view", "index": index}, pixels.data.cast("B"))
-            before = time.perf_counter()
-    finally:
-        renderer.close()
-    stages = {
-        "import": imported - started,
-        "freeze": frozen - imported,
-        # The first view also synchronises the scene, builds its BVH, and waits for the coverage of all views.
-        "first_view": seconds[0],
-        "views": sum(seconds),
-        "readback": renderer.readback_s,
-    }
-    wire.send(fd, {"type": "done", "seconds": stages})
+    wire.send(fd, {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights})
+
+
+def _send_view(fd: int, index: int, view: RenderedView, cropped: float) -> None:
+    facts: dict[str, float | int] = {"cropped": cropped, "samples": view.samples}
+    if view.psnr is not None:
+        facts["half_psnr_db"] = round(min(view.psnr.half_db, _MAX_DB), 2)
+        facts["full_psnr_db"] = round(min(view.psnr.full_db, _MAX_DB), 2)
+    header = {"type": "view", "index": index, "box": list(view.box), "planes": ["rgba", *view.data], "facts": facts}
+    wire.send(fd, header, pack_view({"rgba": view.rgba, **view.data}))
+
+
+@functools.cache
+def _denoiser(num_threads: int) -> Denoiser:
+    """Return the process's denoiser, made on first use: Blender loads its library."""
+    from render.denoise import Denoiser
+
+    return Denoiser(num_threads)
 
 
 def _die_with(parent_pid: int) -> None:

@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from pipeline.sample import albedo_to_u8, depth_to_u16, normal_to_u8
 from pipeline.spec import RenderSpec
-from pipeline.types import Camera, Float64, derive_seed
+from pipeline.types import Camera, Float64, PlaneName, derive_seed
 from render import noise
-from render.cameras import border, depth_scale, flip_camera_axes
+from render.cameras import NEAR_PLANE, border, canonical_cameras, depth_scale, flip_camera_axes
 from render.denoise import Denoiser
 from render.frame import Frame, Passes
 from render.lighting import show_white_behind
@@ -56,7 +56,10 @@ MARGIN_PX = 3
 MIN_SEQUENCE = 256
 """Least length of the Sobol sequence; a table of 1024, the default limit, takes 4 MB and no time that shows."""
 
-_NEAR, _FAR = 0.01, 1000.0
+FILTER_PX, CENTRE_FILTER_PX = 1.5, 0.01
+"""Width of the pixel filter: Blackman-Harris, and, for data, as narrow as Blender allows."""
+
+_FAR = 1000.0
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom of a part of a view in pixels, half-open."""
@@ -69,14 +72,14 @@ class RenderedView:
     Attributes:
         box: what was rendered.
         rgba: [h, w, 4] float32, scene-linear, premultiplied, top row first.
-        data: the data planes asked for: depth [h, w] uint16, normal and albedo [h, w, 3] uint8.
+        data: the data planes asked for, in their order: depth [h, w] uint16, normal and albedo [h, w, 3] uint8.
         samples: samples a pixel of the picture.
         psnr: its estimated quality; None where the number of samples was fixed.
     """
 
     box: Box
     rgba: NDArray[np.float32]
-    data: dict[str, NDArray[Any]]
+    data: dict[PlaneName, NDArray[Any]]
     samples: int
     psnr: noise.Psnr | None
 
@@ -137,42 +140,51 @@ class Engine:
         _set_output(self._scene, spec.resolution_px, num_threads)
         _set_cycles(self._scene, device, max(MIN_SEQUENCE, spec.samples or spec.max_samples))
         self._frame = Frame()
+        self._views: list[tuple[Camera, Box, dict[PlaneName, NDArray[Any]], list[NDArray[np.float16]] | None]] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def close(self) -> None:
         """Free the frame's memory."""
         self._frame.close()
 
-    def render_data(self, cameras: Sequence[Camera]) -> list[dict[str, NDArray[Any]]]:
-        """Return depth z [H, W] in world units (0 where nothing is), normal [H, W, 3] and base colour [H, W, 3].
+    def render_bare(self, cameras: Sequence[Camera]) -> NDArray[np.uint8]:
+        """Render what needs no light, once before `render_views` of the same cameras: data planes, and coverage.
 
-        One sample through the centre of each pixel: a mean over an edge would be the depth of no surface.
+        Returns:
+            [4, S, S, 4] straight sRGB RGBA: the base colours from four sides, the same cameras for every object, for
+            telling duplicates.
         """
-        with self._bare(centre_only=True):
-            return [self._render_data(camera, (0, 0, camera.width, camera.height)) for camera in cameras]
-
-    def render_views(self, cameras: Sequence[Camera]) -> Iterator[RenderedView]:
-        """Yield each view as soon as it is done."""
         boxes = [_even_box(border(camera, self._points, MARGIN_PX), camera) for camera in cameras]
-        planes = self._render_planes(cameras, boxes)
-        coverage = self._render_coverage(cameras, boxes)
+        with self._bare():
+            sides = [self._render_side(camera) for camera in canonical_cameras()]
+            planes = [self._render_planes(camera, box) for camera, box in zip(cameras, boxes, strict=True)]
+            coverage: list[list[NDArray[np.float16]] | None] = [None for _ in cameras]
+            if self._on_white:
+                self._set_filter(centre_only=False)
+                views = enumerate(zip(cameras, boxes, strict=True))
+                coverage = [self._render_coverage(index, camera, box) for index, (camera, box) in views]
         if self._on_white:
             show_white_behind()
         self._scene.render.film_transparent = not self._on_white
-        self._set_guides()
+        bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise
+        self._views = list(zip(cameras, boxes, planes, coverage, strict=True))
+        return np.stack(sides)
+
+    def render_views(self) -> Iterator[RenderedView]:
+        """Yield each view as soon as it is done."""
         samples = self._spec.samples or noise.MIN_SAMPLES
-        for index, (camera, box) in enumerate(zip(cameras, boxes, strict=True)):
-            layer, count, psnr = self._render_view(index, camera, box, samples, coverage[index])
+        for index, (camera, box, planes, coverage) in enumerate(self._views):
+            layer, count, psnr = self._render_view(index, camera, box, samples, coverage)
             if psnr is not None:
                 short = psnr.shortfall_db(self._spec.half_psnr_db, self._spec.full_psnr_db)
                 samples = noise.first_samples(count, short, self._spec.max_samples)
             rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
             rgba[..., 3:] = layer.alpha
             rgba[..., :3] = np.maximum(layer.colour - (1 - layer.alpha), 0)
-            yield RenderedView(box, rgba, planes[index], count, psnr)
+            yield RenderedView(box, rgba, planes, count, psnr)
 
     def _render_view(
-        self, index: int, camera: Camera, box: Box, samples: int, coverage: list[NDArray[np.float32]] | None
+        self, index: int, camera: Camera, box: Box, samples: int, coverage: list[NDArray[np.float16]] | None
     ) -> tuple[noise.Layer, int, noise.Psnr | None]:
         """Render one view, in steps until its noise is below the target, or with a fixed number of samples."""
         spec, total, probes = self._spec, _Sum(), None
@@ -195,13 +207,13 @@ class Engine:
             samples = noise.next_samples(samples, short, spec.max_samples)
 
     def _probe(
-        self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float32]] | None, which: int
+        self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float16]] | None, which: int
     ) -> noise.Layer:
         passes = self._render(camera, box, self._cycles_seed(index, which), 0, 1)
         layers = self._layers(passes, coverage and coverage[which])
         return noise.Layer(layers["colour"], layers["alpha"])
 
-    def _layers(self, passes: Passes, coverage: NDArray[np.float32] | None) -> dict[str, NDArray[np.float32]]:
+    def _layers(self, passes: Passes, coverage: NDArray[np.float16] | None) -> dict[str, NDArray[np.float32]]:
         """Return what a render says of the picture over white, and the guides of the denoiser."""
         before = time.perf_counter()
         combined = passes.get("Combined", "RGBA")
@@ -226,66 +238,65 @@ class Engine:
         # The background is known.
         return noise.Layer(np.where(alpha > 0, colour, np.float32(1)), alpha)
 
-    def _render_planes(self, cameras: Sequence[Camera], boxes: Sequence[Box]) -> list[dict[str, NDArray[Any]]]:
-        """Return the data planes that the spec asks for, quantised, of all views."""
+    def _render_side(self, camera: Camera) -> NDArray[np.uint8]:
+        data = self._render_data(camera, (0, 0, camera.width, camera.height))
+        seen = np.where(data["depth"] > 0, 255, 0).astype(np.uint8)
+        return np.concatenate([albedo_to_u8(data["albedo"]), seen[..., None]], axis=2)
+
+    def _render_planes(self, camera: Camera, box: Box) -> dict[PlaneName, NDArray[Any]]:
+        """Return the data planes that the spec asks for, quantised."""
         wanted = [name for name in self._spec.planes if name != "rgba"]
         if not wanted:
-            return [{} for _ in cameras]
-        scale = depth_scale(self._spec)
-        quantise = {"depth": lambda z: depth_to_u16(z, scale), "normal": normal_to_u8, "albedo": albedo_to_u8}
-        with self._bare(centre_only=True):
-            found = (self._render_data(camera, box) for camera, box in zip(cameras, boxes, strict=True))
-            return [{name: quantise[name](view[name]) for name in wanted} for view in found]
+            return {}
+        data, scale = self._render_data(camera, box), depth_scale(self._spec)
+        make = {"depth": lambda z: depth_to_u16(z, scale), "normal": normal_to_u8, "albedo": albedo_to_u8}
+        return {name: make[name](data[name]) for name in wanted}
 
-    def _render_data(self, camera: Camera, box: Box) -> dict[str, NDArray[Any]]:
+    def _render_data(self, camera: Camera, box: Box) -> dict[str, NDArray[np.float32]]:
+        """Return depth z [h, w] in world units (0 where nothing is), normal [h, w, 3] and base colour [h, w, 3].
+
+        One sample through the centre of each pixel: a mean over an edge would be the depth of no surface.
+        """
         passes = self._render(camera, box, 0, 0, 1)
         combined, depth = passes.get("Combined", "RGBA"), passes.get("Depth", "Z")[..., 0]
-        hit = combined[..., 3] > 0.5
+        seen = combined[..., 3] > 0.5
         return {
-            "depth": np.where(hit & (depth < _FAR), depth, np.float32(0)),
-            "normal": np.where(hit[..., None], passes.get("Normal", "XYZ"), np.float32(0)),
-            "albedo": np.where(hit[..., None], combined[..., :3], np.float32(0)),
+            "depth": np.where(seen & (depth < _FAR), depth, np.float32(0)),
+            "normal": np.where(seen[..., None], passes.get("Normal", "XYZ"), np.float32(0)),
+            "albedo": np.where(seen[..., None], combined[..., :3], np.float32(0)),
         }
 
-    def _render_coverage(
-        self, cameras: Sequence[Camera], boxes: Sequence[Box]
-    ) -> list[list[NDArray[np.float32]] | None]:
-        """Return a see-through object's coverage [h, w, 1] in each view: of the picture, and of its two probes.
+    def _render_coverage(self, index: int, camera: Camera, box: Box) -> list[NDArray[np.float16]]:
+        """Return a see-through object's coverage [h, w, 1]: of a view's picture, and of its two probes.
 
         Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
         """
-        if not self._on_white:
-            return [None for _ in cameras]
-        with self._bare(centre_only=False):
-            return [
-                [
-                    self._render(camera, box, self._cycles_seed(index, which), 0, samples)
-                    .get("Combined", "A")
-                    .astype(np.float16)
-                    for which, samples in enumerate((COVERAGE_SAMPLES, 1, 1))
-                ]
-                for index, (camera, box) in enumerate(zip(cameras, boxes, strict=True))
-            ]
+        return [
+            self._render(camera, box, self._cycles_seed(index, which), 0, samples)
+            .get("Combined", "A")
+            .astype(np.float16)
+            for which, samples in enumerate((COVERAGE_SAMPLES, 1, 1))
+        ]
 
     @contextmanager
-    def _bare(self, *, centre_only: bool) -> Iterator[None]:
-        """Render surfaces without light, by camera rays alone; through the centres of pixels, or filtered."""
-        cycles, layer = self._scene.cycles, bpy.context.view_layer
-        bounces, width = cycles.max_bounces, cycles.filter_width
-        cycles.max_bounces = 0
-        cycles.filter_width = 0.01 if centre_only else width
+    def _bare(self) -> Iterator[None]:
+        """Render surfaces without light, by camera rays alone, at first through the centres of pixels."""
+        cycles = self._scene.cycles
+        bounces, cycles.max_bounces = cycles.max_bounces, 0
         self._scene.render.film_transparent = True
-        layer.use_pass_z = layer.use_pass_normal = centre_only
-        layer.cycles.denoising_store_passes = False
+        self._set_filter(centre_only=True)
         try:
             with bare_surfaces(bpy.data.materials, OPACITY_THRESHOLD):
                 yield
         finally:
-            cycles.max_bounces, cycles.filter_width = bounces, width
-            layer.use_pass_z = layer.use_pass_normal = False
+            cycles.max_bounces = bounces
+            self._set_filter(centre_only=False)
 
-    def _set_guides(self) -> None:
-        bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise
+    def _set_filter(self, *, centre_only: bool) -> None:
+        """Sample the centres of pixels, with the data passes, or filter pictures, without."""
+        self._scene.cycles.filter_width = CENTRE_FILTER_PX if centre_only else FILTER_PX
+        layer = bpy.context.view_layer
+        layer.use_pass_z = layer.use_pass_normal = centre_only
 
     def _render(self, camera: Camera, box: Box, seed: int, first: int, samples: int) -> Passes:
         """Render samples [first, first + samples) of a view's sequence, in a part of it."""
@@ -316,7 +327,7 @@ class Engine:
         data.sensor_width = data.sensor_height = 32.0
         data.lens = float(camera.intrinsics[0, 0]) / camera.width * 32.0
         data.shift_x = data.shift_y = 0.0
-        data.clip_start, data.clip_end = _NEAR, _FAR
+        data.clip_start, data.clip_end = NEAR_PLANE, _FAR
         data.dof.use_dof = False
         self._camera.matrix_world = Matrix(flip_camera_axes(camera.world_from_camera))
         render.resolution_x, render.resolution_y = camera.width, camera.height
@@ -387,7 +398,7 @@ def _set_cycles(scene: Any, device: str, sequence: int) -> None:
     cycles.film_transparent_roughness = 1.0
     cycles.film_exposure = 1.0
     cycles.pixel_filter_type = "BLACKMAN_HARRIS"
-    cycles.filter_width = 1.5
+    cycles.filter_width = FILTER_PX
     cycles.use_auto_tile = False
     cycles.time_limit = 0.0
     cycles.use_denoising = False

@@ -92,8 +92,8 @@ def _prune(document: dict[str, Any]) -> bool:
 
 
 def _write(source: Path, out: Path, document: dict[str, Any], rest: int | None) -> Path:
+    _absolute_uris(document, source.parent.resolve())
     if rest is None:
-        _absolute_uris(document, source.parent.resolve())
         out.write_text(json.dumps(document), encoding="utf-8")
     else:
         _write_glb(source, out, document, rest)

@@ -122,7 +122,9 @@ def _straight(layer: Layer) -> Float32:
 
 def _srgb(linear: Float32) -> Float32:
     x = np.clip(linear, 0.0, 1.0)
-    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(np.float32)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(
+        np.float32
+    )
 
 
 def _srgb_slope(linear: Float32) -> Float32:
@@ -135,7 +137,9 @@ def _srgb_slope(linear: Float32) -> Float32:
 def _average(x: Float32) -> Float32:
     """Return means of 2 x 2 blocks; an odd last row or column is left out."""
     height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
-    return (x[0:height:2, 0:width:2] + x[1:height:2, 0:width:2] + x[0:height:2, 1:width:2] + x[1:height:2, 1:width:2]) / 4
+    return (
+        x[0:height:2, 0:width:2] + x[1:height:2, 0:width:2] + x[0:height:2, 1:width:2] + x[1:height:2, 1:width:2]
+    ) / 4
 
 
 def _db(mse: float) -> float:

@@ -35,7 +35,9 @@ def bare_surfaces(materials: Iterable[Any], threshold: float) -> Iterator[None]:
             for node in [*reachable_nodes(material)]:
                 if node.type == "MIX_SHADER":
                     undo.extend(_step_mix(node, threshold))
-                elif node.type == "EMISSION" or node.type.startswith("BSDF_") or node.type in ("SUBSURFACE_SCATTERING",):
+                elif (
+                    node.type == "EMISSION" or node.type.startswith("BSDF_") or node.type in ("SUBSURFACE_SCATTERING",)
+                ):
                     if node.type != "BSDF_TRANSPARENT":
                         undo.append(_emit(node, threshold))
         yield
@@ -64,9 +66,7 @@ def _emit(node: Any, threshold: float) -> Undo:
     shader = made[0].outputs[0]
     alpha = node.inputs["Alpha"] if node.type == "BSDF_PRINCIPLED" else None
     if alpha is not None and (alpha.is_linked or alpha.default_value < 1):
-        clear, mix, step = (
-            tree.nodes.new(f"ShaderNode{name}") for name in ("BsdfTransparent", "MixShader", "Math")
-        )
+        clear, mix, step = (tree.nodes.new(f"ShaderNode{name}") for name in ("BsdfTransparent", "MixShader", "Math"))
         made += [clear, mix, step]
         step.operation = "GREATER_THAN"
         step.inputs[1].default_value = threshold

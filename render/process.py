@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ALLOWED_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+ALLOWED_ENVIRONMENT = (
+    "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES",
+)  # fmt: skip
 LOG_RING_BYTES = 64 * 1024
 _PIPE_BYTES = 2**20
 _PACKAGE_ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +139,14 @@ class ChildProcess:
     """One child and its pipes. `result_fd` is non-blocking; `log` holds the tail of what it printed."""
 
     def __init__(
-        self, command: Sequence[str], *, home: Path, num_threads: int, memory_bytes: int, starter: ThreadPoolExecutor
+        self,
+        command: Sequence[str],
+        *,
+        home: Path,
+        num_threads: int,
+        memory_bytes: int,
+        starter: ThreadPoolExecutor,
+        device: str = "cpu",
     ) -> None:
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
@@ -146,6 +155,7 @@ class ChildProcess:
             "--parent-pid": os.getpid(),
             "--memory-bytes": memory_bytes,
             "--threads": num_threads,
+            "--device": device,
         }
         try:
             self._process = starter.submit(

@@ -1,7 +1,7 @@
 """The supervisor of one Blender child: from an Asset and its verified file to a Sample, or to a typed AssetError.
 
 The child renders view after view and sends float pixels; a small pool of threads here turns them into encoded planes
-meanwhile (70 to 85 ms of lossless WebP at 512^2), with a bounded number in flight. The child's replies are read as
+meanwhile (50 ms of lossless WebP at 512^2), with a bounded number in flight. The child's replies are read as
 hostile, its time and memory are bounded, and it is replaced after so many objects, or once memory has grown. This
 module never imports bpy; a crash of Blender costs one asset, not its worker.
 
@@ -28,24 +28,25 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.quality import judge, measure_sample, view_facts
-from pipeline.sample import encode_rgba, premultiplied_linear_to_rgba8
+from pipeline.quality import judge, measure_sample
 from pipeline.spec import DatasetSpec
 from pipeline.types import (
     MAX_LOG_TAIL_CHARS,
+    MAX_MESSAGE_CHARS,
     Asset,
     AssetError,
     Camera,
     FailureKind,
     Normalization,
-    Plane,
     Sample,
+    UserError,
     View,
     derive_seed,
 )
 from render import wire
-from render.cameras import cameras_for
+from render.cameras import CANONICAL_PX, NUM_SIDES, cameras_for
 from render.process import ChildProcess, ScratchFolder, default_command
+from render.views import EncodedView, bytes_per_pixel, encode_view, unpack_view
 
 START_DEADLINE_S = 120.0
 _POLL_S = 0.2
@@ -59,13 +60,6 @@ _EXCEPTION_LINE = re.compile(r"^[\w.]+(?:Error|Exception)\b.*$", re.MULTILINE)
 _PROCEDURAL = re.compile(r"^procedural:(\d+)$")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _EncodedView:
-    plane: Plane
-    facts: dict[str, float | bool]
-    seconds: float
-
-
 @dataclass(slots=True)
 class _Job:
     """What the child has answered so far about one asset."""
@@ -74,8 +68,9 @@ class _Job:
     cameras: Sequence[Camera]
     deadline: float
     scene: dict[str, Any] | None = None
-    pending: deque[Future[_EncodedView]] = field(default_factory=deque)
-    encoded: list[_EncodedView] = field(default_factory=list)
+    sides: NDArray[np.uint8] | None = None
+    pending: deque[Future[EncodedView]] = field(default_factory=deque)
+    encoded: list[EncodedView] = field(default_factory=list)
     num_views: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -102,6 +97,8 @@ class RenderWorker:
     ) -> None:
         self._spec = spec
         self._fingerprint = fingerprint
+        view_bytes = spec.render.resolution_px**2 * sum(bytes_per_pixel(name) for name in spec.render.planes)
+        self._max_payload_bytes = max(view_bytes, NUM_SIDES * CANONICAL_PX**2 * 4)
         self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
         self._command = list(child_command) if child_command is not None else default_command()
         self._scratch = ScratchFolder(scratch_dir)
@@ -188,10 +185,14 @@ class RenderWorker:
                 num_threads=self._num_threads,
                 memory_bytes=limits.memory_bytes,
                 starter=self._starter,
+                device=self._spec.workers.device,
             )
             header, _ = self._receive(
                 self._child, time.monotonic() + START_DEADLINE_S, f"{START_DEADLINE_S:g} s to start"
             )
+            if header["type"] == "no_device":
+                self._stop_child()
+                raise UserError(str(header.get("message", ""))[:MAX_MESSAGE_CHARS])
             if header["type"] != "ready":
                 self._fail(FailureKind.RENDER_CRASH, f"the child said {header['type']!r} before it was ready")
             self._ready = header
@@ -208,10 +209,12 @@ class RenderWorker:
                 self._raise_reported(child, header)
             elif kind == "scene" and job.scene is None and job.num_views == 0:
                 job.scene = header
-            elif kind == "view" and job.scene is not None:
+            elif kind == "sides" and job.scene is not None and job.sides is None and job.num_views == 0:
+                job.sides = self._sides(payload)
+            elif kind == "view" and job.sides is not None:
                 self._take_view(job, header, payload)
             elif kind == "done" and job.num_views == len(job.cameras):
-                job.seconds = _seconds(header.get("seconds"))
+                job.seconds = _numbers(header.get("seconds"))
                 return
             elif kind == "done":
                 found = f"{job.num_views} views were rendered, {len(job.cameras)} were asked for"
@@ -219,25 +222,31 @@ class RenderWorker:
             else:
                 self._fail(FailureKind.RENDER_CRASH, f"the child said {kind!r} after {job.num_views} views")
 
+    def _sides(self, payload: bytearray) -> NDArray[np.uint8]:
+        shape = (NUM_SIDES, CANONICAL_PX, CANONICAL_PX, 4)
+        if len(payload) != math.prod(shape):
+            self._fail(FailureKind.RENDER_CRASH, f"the four sides came with {len(payload)} bytes of pixels")
+        return np.frombuffer(payload, np.uint8).reshape(shape)
+
     def _take_view(self, job: _Job, header: dict[str, Any], payload: bytearray) -> None:
-        size = self._spec.render.resolution_px
         if header.get("index") != job.num_views or job.num_views >= len(job.cameras):
             found = f"view {header.get('index')!r} came after {job.num_views} of {len(job.cameras)} views"
             self._fail(FailureKind.BAD_VIEW_COUNT, found)
-        if len(payload) != size * size * 16:
-            self._fail(FailureKind.RENDER_CRASH, f"a view came with {len(payload)} bytes of pixels")
-        pixels = np.frombuffer(payload, np.float32).reshape(size, size, 4)
-        job.pending.append(self._encoders.submit(_encode, pixels, self._spec.render.codec, job.cameras[job.num_views]))
+        try:
+            planes = unpack_view(header, payload, self._spec.render)
+        except ValueError as error:
+            self._fail(FailureKind.RENDER_CRASH, f"view {job.num_views}: {error}")
+        camera, facts = job.cameras[job.num_views], _numbers(header.get("facts"))
+        job.pending.append(self._encoders.submit(encode_view, planes, facts, self._spec.render, camera))
         job.num_views += 1
         while len(job.pending) > _MAX_IN_FLIGHT:
             job.encoded.append(job.pending.popleft().result())
 
     def _receive(self, child: ChildProcess, deadline: float, what: str) -> tuple[dict[str, Any], bytearray]:
         """Read one reply whole, watching the clock and the child's memory."""
-        view_bytes = self._spec.render.resolution_px**2 * 16
         try:
             prefix = self._read_exactly(child, wire.PREFIX.size, deadline, what)
-            num_header, num_payload = wire.parse_prefix(bytes(prefix), view_bytes)
+            num_header, num_payload = wire.parse_prefix(bytes(prefix), self._max_payload_bytes)
             header = wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what)))
             return header, self._read_exactly(child, num_payload, deadline, what)
         except wire.WireError as error:
@@ -300,7 +309,8 @@ class RenderWorker:
         job.encoded.extend(future.result() for future in job.pending)
         job.pending.clear()
         assert job.scene is not None
-        quality = measure_sample([view.facts for view in job.encoded], _mapping(job.scene.get("quality")))
+        facts = [view.facts for view in job.encoded]
+        quality = measure_sample(facts, _mapping(job.scene.get("quality")), job.sides)
         refusal = judge(quality, self._spec.admission)
         if refusal is not None:
             raise AssetError(refusal.kind, refusal.message)
@@ -310,13 +320,13 @@ class RenderWorker:
             seed=seed,
             normalization=self._normalization(job.scene),
             views=tuple(
-                View(index=i, camera=camera, planes={"rgba": view.plane})
+                View(index=i, camera=camera, planes=view.planes)
                 for i, (camera, view) in enumerate(zip(job.cameras, job.encoded, strict=True))
             ),
             quality=quality,
             lights=_mapping(job.scene.get("lights")),
             provenance={
-                "device": "CPU",
+                "device": str(self._ready.get("device", ""))[:100],
                 "blender": str(self._ready.get("blender", ""))[:40],
                 "network": str(self._ready.get("network", ""))[:10],
                 "num_threads": self._num_threads,
@@ -353,23 +363,14 @@ class RenderWorker:
             child.kill()
 
 
-def _encode(pixels: NDArray[np.float32], codec: str, camera: Camera) -> _EncodedView:
-    """Turn float pixels [H, W, 4] into an encoded plane, and measure the picture."""
-    started = time.perf_counter()
-    rgba = premultiplied_linear_to_rgba8(pixels)
-    facts = view_facts(rgba, camera)
-    plane = encode_rgba(rgba, codec)
-    return _EncodedView(plane, facts, time.perf_counter() - started)
-
-
 def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-def _seconds(value: Any) -> dict[str, float]:
-    """Keep the numbers of the child's report of its stages."""
+def _numbers(value: Any) -> dict[str, float]:
+    """Keep the numbers of an object that the child sent: seconds of its stages, facts of a view."""
     number: Callable[[Any], bool] = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
-    return {str(name)[:20]: float(x) for name, x in list(_mapping(value).items())[:20] if number(x)}
+    return {str(name)[:20]: x for name, x in list(_mapping(value).items())[:20] if number(x)}
 
 
 def _abandon(job: _Job) -> None:
