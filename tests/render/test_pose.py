@@ -115,6 +115,10 @@ def test_5_an_fbx_take_that_starts_late(inspector: Inspector, tmp_path: Path) ->
     check(inspector.prepare(path, pose="frames", frames=[35]), "frames", 35, [-0.5] * 3, [35.5, 0.5, 3.5])
 
 
+def test_34_animated_materials_are_still(inspector: Inspector, blend: Callable[..., Path]) -> None:
+    assert_still(inspector.prepare(blend("colour_changes")))
+
+
 def test_frames_are_drawn_by_the_samples_seed(inspector: Inspector, tmp_path: Path) -> None:
     path, frames = moving_node(tmp_path / "node.glb"), [0, 6, 12, 18]
     drawn = set()
