@@ -138,7 +138,7 @@ def normal_to_u8(normal: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 def albedo_to_u8(albedo: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Convert scene-linear base colour [H, W, 3] to 8-bit sRGB."""
-    return np.rint(linear_to_srgb(albedo) * 255).astype(np.uint8)
+    return np.asarray(np.rint(linear_to_srgb(albedo) * 255), np.uint8)
 
 
 def encode_data(name: PlaneName, pixels: NDArray[Any], codec: str, scale: float | None = None) -> Plane:
@@ -170,7 +170,7 @@ def decode_data(name: PlaneName, plane: Plane) -> NDArray[Any]:
     """
     image = cv2.imdecode(np.frombuffer(plane.data, np.uint8), cv2.IMREAD_UNCHANGED) if plane.data else None
     depth = name == "depth"
-    if image is None or (image.ndim, image.dtype) != ((2, np.uint16) if depth else (3, np.uint8)):
+    if image is None or image.ndim != (2 if depth else 3) or image.dtype != (np.uint16 if depth else np.uint8):
         raise SampleError(f"{name} plane of {len(plane.data)} bytes does not decode to its kind of image")
     if not depth:
         return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)

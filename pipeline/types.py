@@ -211,7 +211,7 @@ class View:
 
     index: int
     camera: Camera
-    planes: Mapping[str, Plane]
+    planes: Mapping[PlaneName, Plane]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,7 +192,7 @@ class Engine:
         while True:
             first = total.samples
             passes = self._render(camera, box, self._cycles_seed(index, 0), first, samples - first)
-            total.add(self._layers(passes, coverage and coverage[0]), samples - first)
+            total.add(self._layers(passes, coverage[0] if coverage else None), samples - first)
             layer = self._denoised(total)
             if spec.samples is not None:
                 return layer, samples, None
@@ -210,7 +210,7 @@ class Engine:
         self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float16]] | None, which: int
     ) -> noise.Layer:
         passes = self._render(camera, box, self._cycles_seed(index, which), 0, 1)
-        layers = self._layers(passes, coverage and coverage[which])
+        layers = self._layers(passes, coverage[which] if coverage else None)
         return noise.Layer(layers["colour"], layers["alpha"])
 
     def _layers(self, passes: Passes, coverage: NDArray[np.float16] | None) -> dict[str, NDArray[np.float32]]:
@@ -249,7 +249,11 @@ class Engine:
         if not wanted:
             return {}
         data, scale = self._render_data(camera, box), depth_scale(self._spec)
-        make = {"depth": lambda z: depth_to_u16(z, scale), "normal": normal_to_u8, "albedo": albedo_to_u8}
+        make: dict[PlaneName, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
+            "depth": lambda z: depth_to_u16(z, scale),
+            "normal": normal_to_u8,
+            "albedo": albedo_to_u8,
+        }
         return {name: make[name](data[name]) for name in wanted}
 
     def _render_data(self, camera: Camera, box: Box) -> dict[str, NDArray[np.float32]]:

@@ -65,7 +65,7 @@ class Psnr:
 
 def on_white(layer: Layer) -> Float32:
     """Return the picture as training composites it: straight sRGB times alpha plus white; [H, W, 3] in [0, 1]."""
-    return _srgb(_straight(layer)) * layer.alpha + (1 - layer.alpha)
+    return np.asarray(_srgb(_straight(layer)) * layer.alpha + (1 - layer.alpha), np.float32)
 
 
 def estimate(picture: Layer, probes: tuple[Layer, Layer], num_pixels: int) -> Psnr:
@@ -85,7 +85,8 @@ def estimate(picture: Layer, probes: tuple[Layer, Layer], num_pixels: int) -> Ps
     by_alpha = np.where(picture.alpha > 0, _srgb(straight) - 1 + slope * (1 - straight), -1.0).astype(np.float32)
     # Differences to the probes, not the pictures themselves: what the tangent is taken at cancels.
     first, second = (
-        slope * (picture.colour - probe.colour) + by_alpha * (picture.alpha - probe.alpha) for probe in probes
+        np.asarray(slope * (picture.colour - probe.colour) + by_alpha * (picture.alpha - probe.alpha), np.float32)
+        for probe in probes
     )
     full = float(np.vdot(first, second)) / (3 * num_pixels)
     half = float(np.vdot(_average(first), _average(second))) / (3 * num_pixels / 4)
@@ -117,7 +118,7 @@ def _step(wanted: float, max_samples: int) -> int:
 
 
 def _straight(layer: Layer) -> Float32:
-    return (layer.colour - (1 - layer.alpha)) / np.maximum(layer.alpha, 1e-6)
+    return np.asarray((layer.colour - (1 - layer.alpha)) / np.maximum(layer.alpha, 1e-6), np.float32)
 
 
 def _srgb(linear: Float32) -> Float32:

@@ -1,8 +1,8 @@
 """Materials that show what a surface is instead of how it is lit, for as long as a context is open.
 
 Coverage, depth, normals and base colour must not depend on light, angle, or on what shines through. Each shader that
-reflects or transmits is replaced by an emission of its base colour, and each alpha by a step, so that a surface is
-there or is not; Cycles' own passes make metals black, half-transparent surfaces vanish or count twice, and glass a hole.
+reflects or transmits is replaced by an emission of its base colour, and each alpha by a step: a surface is there or it
+is not. Cycles' own passes make metals black, half-transparent surfaces vanish or count twice, and glass a hole.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def bare_surfaces(materials: Iterable[Any], threshold: float) -> Iterator[None]:
             for node in [*reachable_nodes(material)]:
                 if node.type == "MIX_SHADER":
                     undo.extend(_step_mix(node, threshold))
-                elif (
-                    node.type == "EMISSION" or node.type.startswith("BSDF_") or node.type in ("SUBSURFACE_SCATTERING",)
-                ):
-                    if node.type != "BSDF_TRANSPARENT":
-                        undo.append(_emit(node, threshold))
+                elif _reflects(node):
+                    undo.append(_emit(node, threshold))
         yield
     finally:
         for restore in reversed(undo):
             restore()
+
+
+def _reflects(node: Any) -> bool:
+    kind = str(node.type)
+    return kind != "BSDF_TRANSPARENT" and (kind.startswith("BSDF_") or kind in ("EMISSION", "SUBSURFACE_SCATTERING"))
 
 
 def _no_light_source(material: Any) -> Undo:
