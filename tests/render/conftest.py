@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from pipeline.types import Asset, Sample
 from render.worker import RenderWorker
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
+
+BLENDER_5 = int(version("bpy").partition(".")[0]) >= 5
 
 Render = Callable[..., Sample]
 
