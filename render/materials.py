@@ -9,7 +9,7 @@ from typing import Any
 import bpy
 
 from pipeline.types import AssetError, FailureKind
-from render.versions import mix_factor, node_tree
+from render.versions import node_tree
 
 NEUTRAL_GREY = (0.5, 0.5, 0.5, 1.0)
 _MAX_NAMED = 5
@@ -114,7 +114,7 @@ def opacity_in_steps(materials: Iterable[Any], threshold: float) -> Iterator[Non
                 elif node.type == "MIX_SHADER":
                     first, second = (_comes_from_transparent(socket) for socket in node.inputs[1:3])
                     if first != second:
-                        undo.append(_step(node.id_data, mix_factor(node), threshold if first else 1 - threshold))
+                        undo.append(_step(node.id_data, node.inputs["Fac"], threshold if first else 1 - threshold))
         yield
     finally:
         for restore in reversed(undo):

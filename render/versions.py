@@ -5,9 +5,10 @@ there such an operator, such a property), never for a version number, so that a 
 has. `DIFFERENCES` names every such thing; a test holds each row against the running Blender, in both versions.
 
 What needs no row, since one call means the same in both: sample subsets, sampling patterns, border and crop, passes,
-ray visibility, persistent data, denoiser settings, and single-layer EXR through a file descriptor. Pictures agree to
-54 dB or better over 31 test assets (32 samples, not denoised), so `RENDER_REVISION` is shared; the Blender version is
-part of the fingerprint, and a corpus never mixes them unnoticed.
+ray visibility, persistent data, denoiser settings, single-layer EXR through a file descriptor, and sockets that were
+renamed (a Mix Shader's "Fac" is "Factor" in 5.2, which takes both). Pictures agree to 54 dB or better over 31 test
+assets (32 samples, not denoised), so `RENDER_REVISION` is shared; the Blender version is part of the fingerprint, and a
+corpus never mixes them unnoticed.
 """
 
 from __future__ import annotations
@@ -124,11 +125,6 @@ def node_tree(block: Any) -> Any:
     return block.node_tree
 
 
-def mix_factor(node: Any) -> Any:
-    """Return the factor socket of a Mix Shader node."""
-    return next(socket for socket in node.inputs if socket.identifier == "Fac")
-
-
 def set_exr_output(image_settings: Any, *, layers: bool) -> None:
     """Write float32 EXR without compression: RGBA, or with `layers` every pass of every layer, in one part.
 
@@ -174,14 +170,6 @@ def _probe_material() -> bool:
         bpy.data.materials.remove(material)
 
 
-def _probe_mix_shader() -> bool:
-    tree = bpy.data.node_groups.new("probe", "ShaderNodeTree")
-    try:
-        return "Factor" in tree.nodes.new("ShaderNodeMixShader").inputs
-    finally:
-        bpy.data.node_groups.remove(tree)
-
-
 DIFFERENCES: dict[str, Difference] = {
     "importer": Difference(
         old="COLLADA files are read by wm.collada_import",
@@ -207,11 +195,6 @@ DIFFERENCES: dict[str, Difference] = {
         old="a new material or world gets its nodes when use_nodes is set",
         new="it has them; use_nodes is true, warns when touched, and goes in 6.0",
         is_new=_probe_material,
-    ),
-    "mix_factor": Difference(
-        old="the factor of a Mix Shader is named Fac",
-        new="it is named Factor; its identifier is still Fac",
-        is_new=_probe_mix_shader,
     ),
     "set_exr_output": Difference(
         old="file_format takes OPEN_EXR_MULTILAYER at any time, and all passes lie in one part",

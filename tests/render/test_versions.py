@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 EMPTY = "import bpy, sys; bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)\n"
 
 
-def run_blender(tmp_path: Path, script: str, *args: str, options: tuple[str, ...] = ()) -> Any:
+def run_blender(tmp_path: Path, script: str, *args: str) -> Any:
     """Run a script in an empty Blender of its own; return what it left in `out`, as JSON."""
     result = tmp_path / "out.json"
     tail = "\nimport json, os; open(sys.argv[1], 'w').write(json.dumps(globals().get('out'))); os._exit(0)"
     done = subprocess.run(
-        [sys.executable, *options, "-c", EMPTY + script + tail, str(result), *args],
+        [sys.executable, "-c", EMPTY + script + tail, str(result), *args],
         check=False,
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},  # bpy leaves a temporary folder behind
@@ -73,17 +73,20 @@ out = [getattr(owner, name) == value for owner, name, value in there]
 
 
 def test_nothing_deprecated_is_touched(tmp_path: Path) -> None:
+    # Recorded and not raised: Blender's setters swallow an exception in the middle of a warning.
     script = """
-from render import lighting, materials, procedural, versions
-procedural.build(3)
-lighting.set_lights("studio", 1)
-lighting.show_white_behind()
-mesh = bpy.data.meshes.new("bare")
-materials.complete_materials(mesh)
-mix = bpy.data.materials[0].node_tree.nodes.new("ShaderNodeMixShader")
-out = [len(mesh.materials), versions.mix_factor(mix).type]
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from render import lighting, materials, procedural
+    procedural.build(3)
+    lighting.set_lights("studio", 1)
+    lighting.show_white_behind()
+    mesh = bpy.data.meshes.new("bare")
+    materials.complete_materials(mesh)
+out = [str(one.message) for one in caught if "Blender" in str(one.message)]
 """
-    assert run_blender(tmp_path, script, options=("-W", "error::DeprecationWarning")) == [1, "VALUE"]
+    assert run_blender(tmp_path, script) == []
 
 
 DAE = """<?xml version="1.0"?><COLLADA xmlns="http://www.collada.org/2005/11/COLLADASchema" version="1.4.1"><asset>
