@@ -6,7 +6,7 @@ has. `DIFFERENCES` names every such thing; a test holds each row against the run
 
 What needs no row, since one call means the same in both: sample subsets, sampling patterns, border and crop, passes,
 ray visibility, persistent data, denoiser settings, single-layer EXR through a file descriptor, and sockets that were
-renamed (a Mix Shader's "Fac" is "Factor" in 5.2, which takes both). Pictures agree to 54 dB or better over 31 test
+renamed (a Mix Shader's "Fac" is "Factor" in 5.2, which takes both). Pictures agree to 54 dB or better over 34 test
 assets (32 samples, not denoised), so `RENDER_REVISION` is shared; the Blender version is part of the fingerprint, and a
 corpus never mixes them unnoticed.
 """
