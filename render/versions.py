@@ -26,7 +26,11 @@ WORKING_SPACE = "Linear Rec.709"
 """The scene-linear space of all our colours; the only one before Blender 5."""
 
 LATER_SETTINGS: tuple[tuple[str, object, str], ...] = (
-    ("scene.render.use_texture_cache", False, "tile files beside a texture would be shown instead of it"),
+    (
+        "scene.render.use_texture_cache",
+        False,
+        "blender_tx/*.tx beside a texture is shown instead of it, also when stale",
+    ),
     ("scene.render.use_auto_generate_texture_cache", False, "it writes files beside the textures"),
     ("scene.cycles.texture_resolution_render", 1.0, "a share of each texture's resolution"),
     ("scene.cycles.use_pixel_jitter", False, "moves the whole picture by part of a pixel, for temporal upscalers"),
