@@ -12,6 +12,9 @@ TESTS  ?= tests
 JSON   ?=
 SET    ?=
 
+# Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
+CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
+
 comma := ,
 flags_set  = $(foreach item,$(SET),--set '$(item)')
 flags_json = $(if $(JSON),--json)
@@ -23,12 +26,12 @@ CLI := $(BIN)/python -m jobs.cli
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## make .venv with exact versions [PYTHON=python3.11]
+setup: $(VENV)/.ready ## make .venv with exact versions [PYTHON=python3.11 or python3.13]
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v == (3, 11) else "error: $(PYTHON) is Python %d.%d; 3.11 is needed: install it and say make PYTHON=/path/to/python3.11" % v)'
+$(VENV)/.ready: pyproject.toml constraints.txt constraints-3.13.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 13)) else "error: $(PYTHON) is Python %d.%d; 3.11 or 3.13 is needed: install one and say make PYTHON=/path/to/python3.11" % v)'
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3.11-venv" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[render,train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[render,train,dev]'
 	@$(BIN)/python -c 'import bpy' || { echo 'error: Blender does not load; on Debian: apt-get install libx11-6 libxext6 libxrender1 libxfixes3 libxi6 libxkbcommon0 libsm6 libice6 libgl1 libegl1' >&2; exit 2; }
 	@touch $@
 

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from pipeline.sample import albedo_to_u8, depth_to_u16, normal_to_u8
 from pipeline.spec import RenderSpec
 from pipeline.types import Camera, Float64, PlaneName, derive_seed
-from render import noise
+from render import noise, versions
 from render.cameras import NEAR_PLANE, border, canonical_cameras, depth_scale, flip_camera_axes
 from render.denoise import Denoiser
 from render.frame import Frame, Passes
@@ -365,13 +365,8 @@ def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     render.use_multiview = False
     render.dither_intensity = 0.0
     render.use_file_extension = False
-    output = render.image_settings
-    if hasattr(output, "media_type"):
-        output.media_type = "MULTI_LAYER_IMAGE"
-    output.file_format = "OPEN_EXR_MULTILAYER"
-    output.color_mode = "RGBA"
-    output.color_depth = "32"
-    output.exr_codec = "NONE"
+    versions.set_exr_output(render.image_settings, layers=True)
+    versions.set_later_settings()
     scene.display_settings.display_device = "sRGB"
     view = scene.view_settings
     view.view_transform, view.look, view.exposure, view.gamma = "Standard", "None", 0.0, 1.0

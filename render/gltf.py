@@ -48,6 +48,15 @@ def without_animations(path: Path, scratch_dir: Path) -> Path:
     return _write(path, scratch_dir / f"still{path.suffix.lower()}", document, rest)
 
 
+def extensions_used(path: Path) -> frozenset[str]:
+    """Return the extensions that a glTF file says it uses; none for a file whose structure is not glTF."""
+    try:
+        used = json.loads(split(path)[0]).get("extensionsUsed", [])
+        return frozenset(name for name in used if isinstance(name, str))
+    except (ValueError, TypeError, AttributeError, struct.error, RecursionError):
+        return frozenset()
+
+
 def split(path: Path) -> tuple[bytes, int | None]:
     """Return the JSON text, and for a GLB the offset of what follows the JSON chunk.
 

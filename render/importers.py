@@ -1,4 +1,4 @@
-"""Open one asset file in Blender: one table from file ending to operator, gated on what this Blender has.
+"""Open one asset file in Blender: one table from file ending to operator, the same for every version of Blender.
 
 `{'FINISHED'}` proves nothing: Blender says it for a corrupt Draco stream, for random bytes as a texture and for a
 COLLADA file of which nothing came in. What came in is checked by `render.scene`; here only loud failures are typed.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bpy
 
 from pipeline.types import AssetError, FailureKind
-from render.gltf import default_scene_only, without_animations
+from render import versions
+from render.gltf import default_scene_only, extensions_used, without_animations
 from render.gltf_decode import decoded_copy
 
 _MAX_CAUSE_CHARS = 300
@@ -33,7 +34,7 @@ def import_asset(path: Path, format_name: str, scratch_dir: Path, *, animated: b
         animated: whether animations come in, where the importer leaves the choice (glTF and FBX).
 
     Raises:
-        AssetError: UNSUPPORTED_FORMAT if this Blender has no importer for it, IMPORT_ERROR with the cause otherwise.
+        AssetError: UNSUPPORTED_FORMAT if this Blender cannot read it, IMPORT_ERROR with the cause otherwise.
     """
     importer = _IMPORTERS.get(format_name)
     if importer is None:
@@ -54,35 +55,17 @@ def _cause(text: str) -> str:
     return last.removeprefix("Error: ")[:_MAX_CAUSE_CHARS]
 
 
-def _operator(name: str) -> Callable[..., Any] | None:
-    """Return bpy.ops.<name> if this Blender has it; the attribute itself always exists."""
-    group, _, leaf = name.partition(".")
-    operator = getattr(getattr(bpy.ops, group), leaf)
-    try:
-        operator.get_rna_type()
-    except KeyError:
-        return None
-    return cast(Callable[..., Any], operator)
+def _call(name: str, **settings: Any) -> _Importer:
+    """Return an importer that calls bpy.ops.<name>; a setting that the operator does not know is an error."""
 
-
-def _call(names: tuple[str, ...], **settings: Any) -> _Importer:
-    """Return an importer that calls the first of the operators that this Blender has."""
-
-    def run(path: Path, _scratch_dir: Path, animated: bool) -> Any:
-        for name in names:
-            operator: Any = _operator(name)
-            if operator is not None:
-                known = {prop.identifier for prop in operator.get_rna_type().properties}
-                chosen = {**settings, "use_anim": animated}
-                return operator(filepath=str(path), **{k: v for k, v in chosen.items() if k in known})
-        found = f"Blender {bpy.app.version_string} has none of the operators {', '.join(names)}"
-        raise AssetError(FailureKind.UNSUPPORTED_FORMAT, f"{path.suffix} files: {found}")
+    def run(path: Path, _scratch_dir: Path, _animated: bool) -> Any:
+        return versions.importer(path.suffix[1:].lower(), name)(filepath=str(path), **settings)
 
     return run
 
 
 _gltf_operator = _call(
-    ("import_scene.gltf",),
+    "import_scene.gltf",
     # Without this every rigged file brings a bone shape, a hidden sphere two units across, as a mesh of the scene.
     disable_bone_shape=True,
     import_shading="NORMALS",
@@ -96,19 +79,34 @@ _gltf_operator = _call(
 def _gltf(path: Path, scratch_dir: Path, animated: bool) -> Any:
     # The add-on adds a handler at every import and never removes one: the tenth asset's lines would come ten times.
     logging.getLogger("glTFImporter").handlers.clear()
+    if versions.draco_library() is None and "KHR_draco_mesh_compression" in extensions_used(path):
+        raise AssetError(
+            FailureKind.UNSUPPORTED_FORMAT,
+            f"{path.suffix[1:].lower()}: it is compressed with Draco, and bpy {bpy.app.version_string} came without "
+            "the decoder; decompress the file, or render it with bpy 4.5",
+        )
     path = default_scene_only(decoded_copy(path, scratch_dir), scratch_dir)
     return _gltf_operator(path if animated else without_animations(path, scratch_dir), scratch_dir, animated)
+
+
+def _fbx(path: Path, _scratch_dir: Path, animated: bool) -> Any:
+    # Not import_scene.fbx, the older one of two: it reads no ASCII files. Without an offset a frame is the one that the
+    # file names: Blender would put the file's time 0 at frame 1.
+    read = versions.importer("fbx", "wm.fbx_import")
+    return read(filepath=str(path), validate_meshes=True, anim_offset=0.0, use_anim=animated)
 
 
 def _blend(path: Path, _scratch_dir: Path, _animated: bool) -> Any:
     """Open a .blend file: its own active scene is the asset; scripts that it carries never run."""
     result = bpy.ops.wm.open_mainfile(filepath=str(path), load_ui=False, use_scripts=False)
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False
+    versions.check_blend_version()
+    versions.restore_working_space()
     return result
 
 
 _usd = _call(
-    ("wm.usd_import",),
+    "wm.usd_import",
     import_cameras=False,
     import_lights=False,
     import_proxy=False,
@@ -124,13 +122,11 @@ _usd = _call(
 _IMPORTERS: dict[str, _Importer] = {
     "glb": _gltf,
     "gltf": _gltf,
-    "obj": _call(("wm.obj_import",), forward_axis="NEGATIVE_Z", up_axis="Y", validate_meshes=True),
-    # Blender 4.5 has both; the newer one, the default from 5.0 on, also reads ASCII files.
-    # Without an offset a frame is the one that the file names: Blender would put the file's time 0 at frame 1.
-    "fbx": _call(("wm.fbx_import", "import_scene.fbx"), validate_meshes=True, anim_offset=0.0),
-    "stl": _call(("wm.stl_import",), use_mesh_validate=True),
-    "ply": _call(("wm.ply_import",), import_colors="SRGB"),
-    "dae": _call(("wm.collada_import",)),
+    "obj": _call("wm.obj_import", forward_axis="NEGATIVE_Z", up_axis="Y", validate_meshes=True),
+    "fbx": _fbx,
+    "stl": _call("wm.stl_import", use_mesh_validate=True),
+    "ply": _call("wm.ply_import", import_colors="SRGB"),
+    "dae": _call("wm.collada_import"),
     "usd": _usd,
     "usda": _usd,
     "usdc": _usd,

@@ -17,6 +17,7 @@ import numpy as np
 from mathutils import Matrix
 
 from pipeline.types import Float64, derive_seed
+from render.versions import node_tree
 
 
 def set_lights(recipe: str, seed: int) -> dict[str, Any]:
@@ -62,8 +63,7 @@ def _sun(name: str, azimuth: float, elevation_deg: float, radiance: float, angle
 
 def _set_environment(strength: float) -> None:
     world = bpy.data.worlds.new("lrm environment")
-    world.use_nodes = True
-    background = next(node for node in world.node_tree.nodes if node.type == "BACKGROUND")
+    background = next(node for node in node_tree(world).nodes if node.type == "BACKGROUND")
     background.inputs["Color"].default_value = (1.0, 1.0, 1.0, 1.0)
     background.inputs["Strength"].default_value = strength
     bpy.context.scene.world = world

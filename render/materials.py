@@ -9,6 +9,7 @@ from typing import Any
 import bpy
 
 from pipeline.types import AssetError, FailureKind
+from render.versions import node_tree
 
 NEUTRAL_GREY = (0.5, 0.5, 0.5, 1.0)
 _MAX_NAMED = 5
@@ -165,8 +166,7 @@ def _plain(name: str, *, vertex_colours: bool) -> Any:
     if found is not None:
         return found
     material = bpy.data.materials.new(f"lrm {name}")
-    material.use_nodes = True
-    surface = next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
+    surface = next(node for node in node_tree(material).nodes if node.type == "BSDF_PRINCIPLED")
     surface.inputs["Base Color"].default_value = NEUTRAL_GREY
     surface.inputs["Roughness"].default_value = 0.8
     if vertex_colours:

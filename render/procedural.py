@@ -26,6 +26,7 @@ from pipeline.types import derive_seed
 from render.procedural_recipes import MAIN, RECIPES, TRIM, Part
 from render.procedural_shapes import TAU, Mesh, rotation
 from render.procedural_textures import TEXTURES, palette, texture
+from render.versions import node_tree
 
 SHARP_ANGLE_RAD = np.deg2rad(35)
 _MAIN_PX, _OTHER_PX = 512, 256
@@ -200,8 +201,7 @@ def _materials(rng: np.random.Generator) -> list[Any]:
 def _material(name: str, roughness: float, metallic: float) -> Any:
     """Return an opaque Principled material."""
     material = bpy.data.materials.new(name)
-    material.use_nodes = True
-    shader = material.node_tree.nodes["Principled BSDF"]
+    shader = node_tree(material).nodes["Principled BSDF"]
     shader.inputs["Roughness"].default_value = roughness
     shader.inputs["Metallic"].default_value = metallic
     return material

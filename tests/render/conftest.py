@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.render.blends import write_blend
 from tests.render.inspector import Inspector
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
+
+BLENDER_5 = int(version("bpy").partition(".")[0]) >= 5
 
 Render = Callable[..., Sample]
 

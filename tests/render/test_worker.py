@@ -18,7 +18,7 @@ import pytest
 from pipeline.types import Asset, AssetError, FailureKind, Sample
 from render.process import LOG_RING_BYTES, ScratchFolder, family, scrubbed_environment
 from render.worker import RenderWorker
-from tests.render.conftest import SHARED, asset_of, make_spec
+from tests.render.conftest import BLENDER_5, SHARED, asset_of, make_spec
 from tests.render.files import ball, write_obj
 
 FAKE = [sys.executable, "-P", "-s", str(Path(__file__).with_name("fake_child.py"))]
@@ -280,6 +280,12 @@ def test_every_broken_file_ends_as_a_sample_or_a_typed_failure(tmp_path: Path) -
         "corrupt-draco-stream.glb": FailureKind.PARTIAL_IMPORT,
         "decimal-comma-teapots.DAE": FailureKind.EMPTY_SCENE,
     }
+    if BLENDER_5:
+        expected |= {
+            "infinite-positions-BoxWithInfinites.glb": FailureKind.DEGENERATE_GEOMETRY,
+            "corrupt-draco-stream.glb": FailureKind.UNSUPPORTED_FORMAT,
+            "decimal-comma-teapots.DAE": FailureKind.UNSUPPORTED_FORMAT,
+        }
     triangles = {"corrupt-draco-stream.glb": 178848}
     found = {}
     with RenderWorker(make_spec(), fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
