@@ -53,6 +53,11 @@ COVERAGE_SAMPLES = 12
 MARGIN_PX = 3
 """Pixels around the object's box that are rendered too: the filter reaches 1, the denoiser looks around."""
 
+FIRST_SAMPLE = 64
+"""Where in its Sobol sequence a view starts. Cycles takes sample 0 through the centre of each pixel, whatever the seed:
+a probe of that sample would see no edge and no texture filtered. Steps from a power of two on are stratified as from 0.
+"""
+
 MIN_SEQUENCE = 256
 """Least length of the Sobol sequence; a table of 1024, the default limit, takes 4 MB and no time that shows."""
 
@@ -138,7 +143,7 @@ class Engine:
         self._scene.collection.objects.link(self._camera)
         self._scene.camera = self._camera
         _set_output(self._scene, spec.resolution_px, num_threads)
-        _set_cycles(self._scene, device, max(MIN_SEQUENCE, spec.samples or spec.max_samples))
+        _set_cycles(self._scene, device, max(MIN_SEQUENCE, FIRST_SAMPLE + (spec.samples or spec.max_samples)))
         self._frame = Frame()
         self._views: list[tuple[Camera, Box, dict[PlaneName, NDArray[Any]], list[NDArray[np.float16]] | None]] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -191,7 +196,7 @@ class Engine:
         num_pixels = camera.width * camera.height
         while True:
             first = total.samples
-            passes = self._render(camera, box, self._cycles_seed(index, 0), first, samples - first)
+            passes = self._render(camera, box, self._cycles_seed(index, 0), FIRST_SAMPLE + first, samples - first)
             total.add(self._layers(passes, coverage[0] if coverage else None), samples - first)
             layer = self._denoised(total)
             if spec.samples is not None:
@@ -209,7 +214,7 @@ class Engine:
     def _probe(
         self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float16]] | None, which: int
     ) -> noise.Layer:
-        passes = self._render(camera, box, self._cycles_seed(index, which), 0, 1)
+        passes = self._render(camera, box, self._cycles_seed(index, which), FIRST_SAMPLE, 1)
         layers = self._layers(passes, coverage[which] if coverage else None)
         return noise.Layer(layers["colour"], layers["alpha"])
 
@@ -276,7 +281,7 @@ class Engine:
         Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
         """
         return [
-            self._render(camera, box, self._cycles_seed(index, which), 0, samples)
+            self._render(camera, box, self._cycles_seed(index, which), FIRST_SAMPLE, samples)
             .get("Combined", "A")
             .astype(np.float16)
             for which, samples in enumerate((COVERAGE_SAMPLES, 1, 1))

@@ -3,7 +3,7 @@
 `Render Result` gives its pixels to no script when Blender has no window, so the render is saved: to a memfd, so that no
 image file touches a disk. The file is read as the format's specification lays it out,
 
-    | magic, version | attributes: name \\0 type \\0 size value | \\0 | offsets: u64 a row | rows: y, size, channel by channel |
+    | magic, version | attributes: name, type, size, value | offsets: u64 a row | rows: y, size, channel by channel |
 
 which takes 3 ms for the four channels of a picture of 512^2; loading it as a Blender image takes 10 ms, and Blender
 opens only one layer of several.

@@ -138,10 +138,5 @@ def _srgb_slope(linear: Float32) -> Float32:
 def _average(x: Float32) -> Float32:
     """Return means of 2 x 2 blocks; an odd last row or column is left out."""
     height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
-    return (
-        x[0:height:2, 0:width:2] + x[1:height:2, 0:width:2] + x[0:height:2, 1:width:2] + x[1:height:2, 1:width:2]
-    ) / 4
-
-
-def _db(mse: float) -> float:
-    return -10 * math.log10(max(mse, 1e-9))
+    x = x[:height, :width]
+    return np.asarray((x[0::2, 0::2] + x[1::2, 0::2] + x[0::2, 1::2] + x[1::2, 1::2]) / 4, np.float32)
