@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -60,7 +61,7 @@ def _summary(reader: VersionReader) -> Section:
         ("failures", sum(counts["failures"].values())),
         ("held out", counts["heldout"]),
         ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
-        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px"),
+        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {_field_of_view(reader)}"),
         ("licence policy", record["license_policy"]),
         ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
         ("digest", reader.digest[:12]),
@@ -69,6 +70,17 @@ def _summary(reader: VersionReader) -> Section:
     table += [(f"licence {name}", count) for name, count in counts["licenses"].items()]
     table += [(f"source {name}", count) for name, count in counts["sources"].items()]
     return Section(title="Dataset", table=table)
+
+
+def _field_of_view(reader: VersionReader) -> str:
+    """Return the field of view in words: the spec's, else what the first sample's cameras have."""
+    given = reader.version.spec.render.fov_deg
+    if given is None and not len(reader):
+        return "the preset's field of view"
+    if given is None:
+        camera = reader.read_views(0, [0]).header.cameras[0]
+        given = math.degrees(2 * math.atan(camera.width / 2 / camera.intrinsics[0, 0]))
+    return f"{given:.4g} degrees"
 
 
 def _objects(reader: VersionReader, out_dir: Path) -> Section:
