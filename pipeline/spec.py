@@ -67,12 +67,17 @@ class RenderSpec(BaseModel):
 
     model_config = Strict
     preset: Literal["lrm", "openlrm", "instantmesh", "uncropped"] = Field(
-        "lrm", description="camera recipe: shell of radii, heights and field of view; see render/cameras.py"
+        "lrm",
+        description="cameras: lrm is the paper's, which cuts large objects in near views; openlrm and instantmesh are "
+        "those reproductions'; uncropped stands back until nothing is cut; numbers in render/cameras.py",
     )
     num_views: int = Field(32, ge=1, le=999, description="views an object")
     resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
     fov_deg: float | None = Field(
-        None, gt=1, lt=170, description="field of view, horizontal and vertical, in degrees; default the preset's"
+        None,
+        gt=1,
+        lt=170,
+        description="field of view, horizontal and vertical, in degrees; default the preset's, 50 or openlrm's 67.38",
     )
     half_psnr_db: float = Field(
         40.0, ge=20, le=60, description="noise target of a view: least PSNR on white after 2 x 2 averaging"
@@ -85,8 +90,9 @@ class RenderSpec(BaseModel):
     denoise: bool = Field(True, description="OpenImageDenoise in its fast mode, guided by albedo and normal")
     lighting: Literal["studio", "ambient", "random"] = Field(
         "studio",
-        description="studio: environment, key and fill; ambient: a white world; random: one to three lights and an "
-        "environment of bounded total; each seeded per uid",
+        description="drawn per uid: studio is an environment, a key and a fill; random is an environment and one to "
+        "three lights of bounded total; ambient is a white world and no light, close to albedo, under which a white "
+        "object has no edge on white and little form: for comparisons, not for a corpus",
     )
     see_through: Literal["white", "alpha"] = Field(
         "white",

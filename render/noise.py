@@ -140,3 +140,7 @@ def _average(x: Float32) -> Float32:
     height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
     x = x[:height, :width]
     return np.asarray((x[0::2, 0::2] + x[1::2, 0::2] + x[0::2, 1::2] + x[1::2, 1::2]) / 4, np.float32)
+
+
+def _db(mse: float) -> float:
+    return -10 * math.log10(max(mse, 1e-9))

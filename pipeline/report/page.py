@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.quality import FLAGS
 from pipeline.reader import VersionReader
 from pipeline.receipt import quality_of
 from pipeline.report.figures import write_cameras, write_contact_sheet, write_histogram
@@ -62,7 +61,7 @@ def _summary(reader: VersionReader) -> Section:
         ("failures", sum(counts["failures"].values())),
         ("held out", counts["heldout"]),
         ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
-        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px"),
+        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {_field_of_view(reader)}"),
         ("licence policy", record["license_policy"]),
         ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
         ("digest", reader.digest[:12]),
@@ -71,6 +70,17 @@ def _summary(reader: VersionReader) -> Section:
     table += [(f"licence {name}", count) for name, count in counts["licenses"].items()]
     table += [(f"source {name}", count) for name, count in counts["sources"].items()]
     return Section(title="Dataset", table=table)
+
+
+def _field_of_view(reader: VersionReader) -> str:
+    """Return the field of view in words: the spec's, else what the first sample's cameras have."""
+    given = reader.version.spec.render.fov_deg
+    if given is None and not len(reader):
+        return "the preset's field of view"
+    if given is None:
+        camera = reader.read_views(0, [0]).header.cameras[0]
+        given = math.degrees(2 * math.atan(camera.width / 2 / camera.intrinsics[0, 0]))
+    return f"{given:.4g} degrees"
 
 
 def _objects(reader: VersionReader, out_dir: Path) -> Section:
@@ -105,9 +115,7 @@ def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
     if triangles:
         write_histogram(triangles, out_dir / "triangles.png", "log10 of triangles")
         images.append(("triangles.png", "triangles an object"))
-    found = Counter(str(flag) for record in records for flag in record.get("flags", ()))
-    table = [(flag.replace("_", " "), f"{found[flag]} of {len(records)} samples") for flag in FLAGS if found[flag]]
-    return Section(title="Quality", images=images, table=table) if images or table else None
+    return Section(title="Quality", images=images) if images else None
 
 
 def _failures(reader: VersionReader) -> Section:
