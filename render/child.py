@@ -38,7 +38,6 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MAX_FILE_BYTES = 2 * 2**30
-_MAX_DB = 99.0
 
 # Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
 # space, since Blender reserves far more addresses than it touches.
@@ -139,9 +138,9 @@ def _send_scene(fd: int, prepared: PreparedScene, lights: dict[str, Any]) -> Non
 
 def _send_view(fd: int, index: int, view: RenderedView, cropped: float) -> None:
     facts: dict[str, float | int] = {"cropped": cropped, "samples": view.samples}
-    if view.psnr is not None:
-        facts["half_psnr_db"] = round(min(view.psnr.half_db, _MAX_DB), 2)
-        facts["full_psnr_db"] = round(min(view.psnr.full_db, _MAX_DB), 2)
+    if view.quality is not None:
+        facts["half_psnr_db"] = round(view.quality.half.psnr_db, 2)
+        facts["full_psnr_db"] = round(view.quality.full.psnr_db, 2)
     header = {"type": "view", "index": index, "box": list(view.box), "planes": ["rgba", *view.data], "facts": facts}
     wire.send(fd, header, pack_view({"rgba": view.rgba, **view.data}))
 

@@ -79,14 +79,14 @@ class RenderedView:
         rgba: [h, w, 4] float32, scene-linear, premultiplied, top row first.
         data: the data planes asked for, in their order: depth [h, w] uint16, normal and albedo [h, w, 3] uint8.
         samples: samples a pixel of the picture.
-        psnr: its estimated quality; None where the number of samples was fixed.
+        quality: its estimated errors; None where the number of samples was fixed.
     """
 
     box: Box
     rgba: NDArray[np.float32]
     data: dict[PlaneName, NDArray[Any]]
     samples: int
-    psnr: noise.Psnr | None
+    quality: noise.Quality | None
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +106,20 @@ class _Sum:
 
     def mean(self, name: str) -> NDArray[np.float32]:
         return self.layers[name] / np.float32(self.samples)
+
+    def layer(self) -> noise.Layer:
+        return noise.Layer(self.mean("colour"), self.mean("alpha"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """A view to render: `coverage` is a see-through object's, of the picture and of its two probes, [h, w, 1] each."""
+
+    index: int
+    camera: Camera
+    box: Box
+    planes: dict[PlaneName, NDArray[Any]]
+    coverage: list[NDArray[np.float16]] | None
 
 
 class Engine:
@@ -145,7 +159,8 @@ class Engine:
         _set_output(self._scene, spec.resolution_px, num_threads)
         _set_cycles(self._scene, device, max(MIN_SEQUENCE, FIRST_SAMPLE + (spec.samples or spec.max_samples)))
         self._frame = Frame()
-        self._views: list[tuple[Camera, Box, dict[PlaneName, NDArray[Any]], list[NDArray[np.float16]] | None]] = []
+        self._views: list[_View] = []
+        self._model = noise.Model()
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def close(self) -> None:
@@ -172,51 +187,62 @@ class Engine:
             show_white_behind()
         self._scene.render.film_transparent = not self._on_white
         bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise
-        self._views = list(zip(cameras, boxes, planes, coverage, strict=True))
+        self._views = [_View(*each) for each in zip(range(len(cameras)), cameras, boxes, planes, coverage, strict=True)]
         return np.stack(sides)
 
     def render_views(self) -> Iterator[RenderedView]:
         """Yield each view as soon as it is done."""
         samples = self._spec.samples or noise.MIN_SAMPLES
-        for index, (camera, box, planes, coverage) in enumerate(self._views):
-            layer, count, psnr = self._render_view(index, camera, box, samples, coverage)
-            if psnr is not None:
-                short = psnr.shortfall_db(self._spec.half_psnr_db, self._spec.full_psnr_db)
+        for view in self._views:
+            layer, count, quality = self._render_view(view, samples)
+            if quality is not None:
+                short = quality.shortfall_db(self._spec.half_psnr_db, self._spec.full_psnr_db, deviations=1)
                 samples = noise.first_samples(count, short, self._spec.max_samples)
             rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
             rgba[..., 3:] = layer.alpha
             rgba[..., :3] = np.maximum(layer.colour - (1 - layer.alpha), 0)
-            yield RenderedView(box, rgba, planes, count, psnr)
+            yield RenderedView(view.box, rgba, view.planes, count, quality)
 
-    def _render_view(
-        self, index: int, camera: Camera, box: Box, samples: int, coverage: list[NDArray[np.float16]] | None
-    ) -> tuple[noise.Layer, int, noise.Psnr | None]:
+    def _render_view(self, view: _View, samples: int) -> tuple[noise.Layer, int, noise.Quality | None]:
         """Render one view, in steps until its noise is below the target, or with a fixed number of samples."""
-        spec, total, probes = self._spec, _Sum(), None
-        num_pixels = camera.width * camera.height
+        spec, total, probes = self._spec, _Sum(), (_Sum(), _Sum())
         while True:
-            first = total.samples
-            passes = self._render(camera, box, self._cycles_seed(index, 0), FIRST_SAMPLE + first, samples - first)
-            total.add(self._layers(passes, coverage[0] if coverage else None), samples - first)
+            self._extend(total, view, 0, samples)
             layer = self._denoised(total)
             if spec.samples is not None:
                 return layer, samples, None
-            if probes is None:
-                probes = self._probe(index, camera, box, coverage, 1), self._probe(index, camera, box, coverage, 2)
-            before = time.perf_counter()
-            psnr = noise.estimate(layer, probes, num_pixels)
-            self.seconds["estimate"] += time.perf_counter() - before
-            short = psnr.shortfall_db(spec.half_psnr_db + noise.MARGIN_DB, spec.full_psnr_db + noise.MARGIN_DB)
+            quality = self._judge(view, layer, total, probes)
+            short = quality.shortfall_db(spec.half_psnr_db, spec.full_psnr_db, deviations=1)
             if short <= 0 or samples >= spec.max_samples:
-                return layer, samples, psnr
+                return layer, samples, quality
             samples = noise.next_samples(samples, short, spec.max_samples)
 
-    def _probe(
-        self, index: int, camera: Camera, box: Box, coverage: list[NDArray[np.float16]] | None, which: int
-    ) -> noise.Layer:
-        passes = self._render(camera, box, self._cycles_seed(index, which), FIRST_SAMPLE, 1)
-        layers = self._layers(passes, coverage[which] if coverage else None)
-        return noise.Layer(layers["colour"], layers["alpha"])
+    def _judge(self, view: _View, layer: noise.Layer, total: _Sum, probes: tuple[_Sum, _Sum]) -> noise.Quality:
+        """Estimate a picture's quality, with as many samples in the probes as it takes to tell on which side it is."""
+        spec, num_pixels = self._spec, view.camera.width * view.camera.height
+        removed = noise.removed_noise(layer, total.mean("colour"), num_pixels)
+        expected = self._model.expect(total.samples, removed) if spec.denoise else None
+        wanted = max(1, probes[0].samples)
+        while True:
+            for which, probe in enumerate(probes, 1):
+                self._extend(probe, view, which, wanted)
+            before = time.perf_counter()
+            own = noise.estimate(layer, (probes[0].layer(), probes[1].layer()), num_pixels)
+            quality = noise.weigh(own, expected)
+            self.seconds["estimate"] += time.perf_counter() - before
+            low, high = (quality.shortfall_db(spec.half_psnr_db, spec.full_psnr_db, d) for d in (-1, 1))
+            if low > 0 or high <= 0 or 4 * wanted > total.samples:
+                self._model.learn(total.samples, removed, own)
+                return quality
+            wanted *= 2
+
+    def _extend(self, total: _Sum, view: _View, which: int, samples: int) -> None:
+        """Render what a view's picture (0) or probe (1, 2) lacks to so many samples."""
+        first = total.samples
+        if samples > first:
+            seed = self._cycles_seed(view.index, which)
+            passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE + first, samples - first)
+            total.add(self._layers(passes, view.coverage[which] if view.coverage else None), samples - first)
 
     def _layers(self, passes: Passes, coverage: NDArray[np.float16] | None) -> dict[str, NDArray[np.float32]]:
         """Return what a render says of the picture over white, and the guides of the denoiser."""

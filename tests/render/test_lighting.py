@@ -17,7 +17,7 @@ from pipeline.sample import decode_rgba
 from pipeline.spec import RenderSpec
 from pipeline.types import Sample
 from render.cameras import cameras_for
-from render.lighting import MAX_CLIPPED_SHARE, draw_lights
+from render.lighting import MAX_CLIPPED_SHARE, draw_lights, mean_over_ball
 from render.worker import RenderWorker
 from tests.render.conftest import asset_of, make_spec
 from tests.render.files import ball, write_obj
@@ -43,12 +43,25 @@ def to_srgb(linear: np.ndarray) -> np.ndarray:
     return image
 
 
+def sphere(count: int) -> np.ndarray:
+    """Directions [N, 3] spread evenly over the sphere (Fibonacci's spiral)."""
+    i = np.arange(count) + 0.5
+    z, azimuth = 1 - 2 * i / count, math.pi * (1 + math.sqrt(5)) * i
+    planar = np.sqrt(1 - z * z)
+    return np.stack([planar * np.cos(azimuth), planar * np.sin(azimuth), z], axis=1)
+
+
+SKY = sphere(3000)
+
+
 def radiance(lights: dict[str, Any], normals: np.ndarray) -> np.ndarray:
-    """Radiance [N, 3] of a white convex surface with these normals [N, 3], by Lambert's law."""
+    """Radiance [N, 3] of a white convex surface with these normals [N, 3]: Lambert's law, summed over the sky."""
     total = np.full((len(normals), 3), lights["environment"])
-    for sun in lights["suns"]:
-        facing = np.maximum(normals @ np.array(sun["direction"]), 0)
-        total += sun["irradiance_over_pi"] * facing[:, None] * np.array(sun["color"])
+    cosines = np.maximum(normals @ SKY.T, 0) * (4 * math.pi / len(SKY)) / math.pi
+    for light in lights["lights"]:
+        lobe = np.maximum(SKY @ np.array(light["direction"]), 0) ** light["exponent"]
+        peak = light["irradiance_over_pi"] * (light["exponent"] + 2) / 2
+        total += (cosines @ lobe)[:, None] * peak * np.array(light["color"])
     return total
 
 
@@ -61,10 +74,10 @@ def test_a_record_is_plain_json_and_a_pure_function_of_the_seed(recipe: str, see
     record = draw_lights(recipe, seed)
     assert json.loads(json.dumps(record, allow_nan=False)) == record == draw_lights(recipe, seed)
     assert record["recipe"] == recipe
-    for sun in record["suns"]:
-        assert np.linalg.norm(sun["direction"]) == pytest.approx(1, abs=1e-5)
-        assert np.dot(sun["color"], [0.2126, 0.7152, 0.0722]) == pytest.approx(1, abs=1e-5)
-        assert 0 < sun["angle_deg"] <= 25
+    for light in record["lights"]:
+        assert np.linalg.norm(light["direction"]) == pytest.approx(1, abs=1e-5)
+        assert np.dot(light["color"], [0.2126, 0.7152, 0.0722]) == pytest.approx(1, abs=1e-5)
+        assert 4 <= light["exponent"] <= 16
 
 
 def test_every_recipe_of_the_spec_is_drawn_and_no_other() -> None:
@@ -81,12 +94,12 @@ def test_seeds_differ_and_zero_is_a_seed(recipe: str) -> None:
 
 @given(seeds)
 def test_ambient_is_a_white_world_of_strength_one(seed: int) -> None:
-    assert draw_lights("ambient", seed) == {"recipe": "ambient", "environment": 1.0, "suns": []}
+    assert draw_lights("ambient", seed) == {"recipe": "ambient", "environment": 1.0, "lights": []}
 
 
 @given(seeds)
 def test_studio_has_a_key_from_above_and_a_weaker_fill_from_the_other_side(seed: int) -> None:
-    key, fill = draw_lights("studio", seed)["suns"]
+    key, fill = draw_lights("studio", seed)["lights"]
     assert (key["name"], fill["name"]) == ("key", "fill")
     assert 0.5 - 1e-6 <= key["direction"][2] <= 0.8661
     assert 0 < fill["direction"][2] <= 0.7072
@@ -98,28 +111,28 @@ def test_studio_has_a_key_from_above_and_a_weaker_fill_from_the_other_side(seed:
 @given(seeds)
 def test_random_is_bounded_in_total_and_tint(seed: int) -> None:
     record = draw_lights("random", seed)
-    strengths = [sun["irradiance_over_pi"] for sun in record["suns"]]
+    strengths = [light["irradiance_over_pi"] for light in record["lights"]]
     assert 1 <= len(strengths) <= 3
     assert min(strengths) >= 0.4 * max(strengths) - 1e-5
     assert record["environment"] + sum(strengths) <= 1.43
-    assert 0.74 - 1e-5 <= record["environment"] + sum(strengths) / 4 <= 0.82 + 1e-5
-    for sun in record["suns"]:
-        red, green, blue = sun["color"]
+    assert 0.74 - 1e-5 <= record["environment"] + sum(map(mean_over_ball, record["lights"])) <= 0.82 + 1e-5
+    for light in record["lights"]:
+        red, green, blue = light["color"]
         assert red / green + blue / green == pytest.approx(2, abs=1e-5)
         assert abs(red / green - 1) <= 0.1 + 1e-5
 
 
 def test_random_comes_from_any_side_but_far_below_and_is_white_on_average() -> None:
     records = [draw_lights("random", seed) for seed in range(3000)]
-    counts = np.bincount([len(record["suns"]) for record in records], minlength=4)
+    counts = np.bincount([len(record["lights"]) for record in records], minlength=4)
     assert np.abs(counts[1:] / 1000 - 1).max() < 0.1
-    directions = np.array([sun["direction"] for record in records for sun in record["suns"]])
+    directions = np.array([light["direction"] for record in records for light in record["lights"]])
     histogram, _ = np.histogram(directions[:, 2], bins=5, range=(-0.25, 1))
     assert histogram.sum() == len(directions)
     assert np.abs(histogram / (len(directions) / 5) - 1).max() < 0.1
     histogram, _ = np.histogram(np.arctan2(directions[:, 1], directions[:, 0]), bins=8, range=(-math.pi, math.pi))
     assert np.abs(histogram / (len(directions) / 8) - 1).max() < 0.15
-    colours = np.array([sun["color"] for record in records for sun in record["suns"]])
+    colours = np.array([light["color"] for record in records for light in record["lights"]])
     np.testing.assert_allclose(colours.mean(axis=0), 1, atol=0.005)
 
 
@@ -169,7 +182,7 @@ def recipe(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def balls(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balls]:
     folder = tmp_path_factory.mktemp("balls")
-    spec = make_spec(render={"num_views": 4, "resolution_px": 40, "samples": 8, "lighting": recipe})
+    spec = make_spec(render={"num_views": 4, "resolution_px": 40, "samples": 128, "lighting": recipe})
     with RenderWorker(spec, fingerprint="f", num_threads=2, scratch_dir=folder) as worker:
         yield Balls(worker, folder)
 
@@ -214,14 +227,14 @@ def test_30_each_light_shines_from_where_the_record_says(recipe: str, balls: Bal
     lights = json.loads(json.dumps(dict(sample.lights)))
     error = np.abs(to_linear(colours) / 0.5 - radiance(lights, normals)).mean()
     assert error < 0.012, "Blender does not show what Lambert's law says of the record"
-    for sun in lights["suns"]:
-        direction = np.array(sun["direction"])
+    for light in lights["lights"]:
+        direction = np.array(light["direction"])
         for wrong in (-direction, direction * [-1, -1, 1], direction[[1, 0, 2]], direction * [1, 1, -1]):
             if np.dot(wrong, direction) > 0.95:
                 continue  # nearly its own mirror image
-            sun["direction"] = wrong.tolist()
+            light["direction"] = wrong.tolist()
             assert np.abs(to_linear(colours) / 0.5 - radiance(lights, normals)).mean() > 3 * error
-        sun["direction"] = direction.tolist()
+        light["direction"] = direction.tolist()
 
 
 def seen_normals(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
