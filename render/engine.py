@@ -47,11 +47,15 @@ from render.overrides import bare_surfaces
 OPACITY_THRESHOLD = 0.1
 """Surfaces with an alpha up to this are no part of the object: soft painted shadows, invisible helpers."""
 
-COVERAGE_SAMPLES = 12
-"""Samples a pixel of a see-through object's coverage: a quarter of the cost of as many with light."""
+BARE_SAMPLES = 12
+"""Samples a pixel of a see-through object without light, for its coverage and the denoiser's guides: each costs a
+quarter of one with light."""
 
-PROBE_COVERAGE_SAMPLES = 2
-"""The same for each of the two probes by which a view's noise is judged."""
+FIRST_PROBE_SAMPLES = 16
+"""Most samples of a probe of the first two views, which the judgement of all others rests on."""
+
+WHITE_PROBE_SAMPLES = 4
+"""Samples of a probe of a see-through object, with light and without: as many, since their edges must agree."""
 
 MARGIN_PX = 3
 """Pixels around the object's box that are rendered too: the filter reaches 1, the denoiser looks around."""
@@ -94,7 +98,7 @@ class RenderedView:
 
 @dataclass(slots=True, eq=False)
 class _Sum:
-    """Samples of one view so far: sums over samples, of the picture over white and of the denoiser's guides."""
+    """Samples of one view so far: sums over samples, of the premultiplied picture and of the denoiser's guides."""
 
     samples: int = 0
     layers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -115,14 +119,29 @@ class _Sum:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Bare:
+    """A see-through object without light: coverage [h, w, 1], and base colour and normal [h, w, 3] of the picture."""
+
+    alpha: NDArray[np.float16]
+    albedo: NDArray[np.float16] | None
+    normal: NDArray[np.float16] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _View:
-    """A view to render: `coverage` is a see-through object's, of the picture and of its two probes, [h, w, 1] each."""
+    """A view to render.
+
+    `probed` views are judged by probes of their own, `probe_samples` is how many samples each of the two should have;
+    `bare` is what a see-through object is without light, in the picture and in the probes.
+    """
 
     index: int
     camera: Camera
     box: Box
     planes: dict[PlaneName, NDArray[Any]]
-    coverage: list[NDArray[np.float16]] | None
+    probed: bool
+    probe_samples: int
+    bare: list[_Bare]
 
 
 class Engine:
@@ -177,20 +196,24 @@ class Engine:
             [4, S, S, 4] straight sRGB RGBA: the base colours from four sides, the same cameras for every object, for
             telling duplicates.
         """
-        boxes = [_even_box(border(camera, self._points, MARGIN_PX), camera) for camera in cameras]
+        self._views = []
         with self._bare():
             sides = [self._render_side(camera) for camera in canonical_cameras()]
-            planes = [self._render_planes(camera, box) for camera, box in zip(cameras, boxes, strict=True)]
-            coverage: list[list[NDArray[np.float16]] | None] = [None for _ in cameras]
+            for index, camera in enumerate(cameras):
+                box = _even_box(border(camera, self._points, MARGIN_PX), camera)
+                planes = self._render_planes(camera, box)
+                # The first views teach the model, and every fourth goes on to. Without a denoiser there is no model.
+                probed = index < 3 or index % 4 == 0 or not self._spec.denoise
+                probe_samples = FIRST_PROBE_SAMPLES if index < 2 else WHITE_PROBE_SAMPLES if self._on_white else 1
+                self._views.append(_View(index, camera, box, planes, probed, probe_samples, []))
             if self._on_white:
                 self._set_filter(centre_only=False)
-                views = enumerate(zip(cameras, boxes, strict=True))
-                coverage = [self._render_coverage(index, camera, box) for index, (camera, box) in views]
+                for view in self._views:
+                    self._render_bare(view)
         if self._on_white:
             show_white_behind()
         self._scene.render.film_transparent = not self._on_white
-        bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise
-        self._views = [_View(*each) for each in zip(range(len(cameras)), cameras, boxes, planes, coverage, strict=True)]
+        bpy.context.view_layer.cycles.denoising_store_passes = self._spec.denoise and not self._on_white
         return np.stack(sides)
 
     def render_views(self) -> Iterator[RenderedView]:
@@ -203,7 +226,7 @@ class Engine:
                 samples = noise.first_samples(count, short, self._spec.max_samples)
             rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
             rgba[..., 3:] = layer.alpha
-            rgba[..., :3] = np.maximum(layer.colour - (1 - layer.alpha), 0)
+            rgba[..., :3] = np.maximum(layer.colour, 0)
             yield RenderedView(view.box, rgba, view.planes, count, quality)
 
     def _render_view(self, view: _View, samples: int) -> tuple[noise.Layer, int, noise.Quality | None]:
@@ -221,20 +244,23 @@ class Engine:
             samples = noise.next_samples(samples, short, spec.max_samples)
 
     def _judge(self, view: _View, layer: noise.Layer, total: _Sum, probes: tuple[_Sum, _Sum]) -> noise.Quality:
-        """Estimate a picture's quality, with as many samples in the probes as it takes to tell on which side it is."""
+        """Estimate a picture's quality: from the views so far where that will do, else from probes of its own."""
         spec, num_pixels = self._spec, view.camera.width * view.camera.height
+        targets = spec.half_psnr_db, spec.full_psnr_db
         removed = noise.removed_noise(layer, total.mean("colour"), num_pixels)
         expected = self._model.expect(total.samples, removed) if spec.denoise else None
-        wanted = max(1, probes[0].samples)
+        if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 2) <= 0):
+            return expected
+        wanted = max(view.probe_samples if self._on_white else 1, probes[0].samples)
         while True:
             for which, probe in enumerate(probes, 1):
                 self._extend(probe, view, which, wanted)
             before = time.perf_counter()
             own = noise.estimate(layer, (probes[0].layer(), probes[1].layer()), num_pixels)
-            quality = noise.weigh(own, expected)
+            quality = own if expected is None else noise.weigh(own, expected)
             self.seconds["estimate"] += time.perf_counter() - before
-            low, high = (quality.shortfall_db(spec.half_psnr_db, spec.full_psnr_db, d) for d in (-1, 1))
-            if low > 0 or high <= 0 or 4 * wanted > total.samples:
+            known = quality.shortfall_db(*targets, -1) > 0 or quality.shortfall_db(*targets, 1) <= 0
+            if known or 2 * wanted > max(view.probe_samples, total.samples // 4):
                 self._model.learn(total.samples, removed, own)
                 return quality
             wanted *= 2
@@ -245,32 +271,39 @@ class Engine:
         if samples > first:
             seed = self._cycles_seed(view.index, which)
             passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE + first, samples - first)
-            total.add(self._layers(passes, view.coverage[which] if view.coverage else None), samples - first)
+            total.add(self._layers(passes, view.bare[which] if self._on_white else None), samples - first)
 
-    def _layers(self, passes: Passes, coverage: NDArray[np.float16] | None) -> dict[str, NDArray[np.float32]]:
-        """Return what a render says of the picture over white, and the guides of the denoiser."""
+    def _layers(self, passes: Passes, bare: _Bare | None) -> dict[str, NDArray[np.float32]]:
+        """Return the premultiplied picture that a render shows, its coverage, and the guides of the denoiser."""
         before = time.perf_counter()
         combined = passes.get("Combined", "RGBA")
         # One value that is not finite would spread over the whole picture in the denoiser.
         if not np.isfinite(combined).all():
             combined = np.nan_to_num(combined, copy=False, nan=0.0, posinf=1e4, neginf=0.0)
-        alpha = combined[..., 3:] if coverage is None else coverage.astype(np.float32)
-        colour = combined[..., :3] if self._on_white else combined[..., :3] + (1 - combined[..., 3:])
+        alpha, colour = combined[..., 3:], combined[..., :3]
+        if bare is not None:
+            alpha = bare.alpha.astype(np.float32)
+            colour = colour - (1 - alpha)
         out = {"colour": colour, "alpha": np.clip(alpha, 0, 1)}
-        if self._spec.denoise:
+        if bare is not None and bare.albedo is not None and bare.normal is not None:
+            # Through glass Cycles' own guides are as noisy as the picture, and the denoiser would keep their grain.
+            out |= {"albedo": bare.albedo.astype(np.float32), "normal": bare.normal.astype(np.float32)}
+        elif bare is None and self._spec.denoise:
             out |= {"albedo": passes.get("Denoising Albedo", "RGB"), "normal": passes.get("Denoising Normal", "XYZ")}
         self.seconds["readback"] += time.perf_counter() - before
         return out
 
     def _denoised(self, total: _Sum) -> noise.Layer:
-        colour, alpha = total.mean("colour"), total.mean("alpha")
-        if self._spec.denoise:
-            before = time.perf_counter()
-            # Over white, not over black: edges against the background are denoised with the rest.
-            colour = self._denoiser.run(colour, total.mean("albedo"), total.mean("normal"))
-            self.seconds["denoise"] += time.perf_counter() - before
-        # The background is known.
-        return noise.Layer(np.where(alpha > 0, colour, np.float32(1)), alpha)
+        layer = total.layer()
+        if not self._spec.denoise:
+            return layer
+        before = time.perf_counter()
+        # Over black: over white, the share of white that noise leaves at an edge is great in sRGB where the object is
+        # dark; 0.5 to 2 dB lay between them.
+        colour = np.maximum(layer.colour, 0)
+        colour = self._denoiser.run(colour, total.mean("albedo"), total.mean("normal"))
+        self.seconds["denoise"] += time.perf_counter() - before
+        return noise.Layer(np.where(layer.alpha > 0, colour, np.float32(0)), layer.alpha)
 
     def _render_side(self, camera: Camera) -> NDArray[np.uint8]:
         data = self._render_data(camera, (0, 0, camera.width, camera.height))
@@ -304,17 +337,18 @@ class Engine:
             "albedo": np.where(seen[..., None], combined[..., :3], np.float32(0)),
         }
 
-    def _render_coverage(self, index: int, camera: Camera, box: Box) -> list[NDArray[np.float16]]:
-        """Return a see-through object's coverage [h, w, 1]: of a view's picture, and of its two probes.
+    def _render_bare(self, view: _View) -> None:
+        """Render what a see-through object is without light: in a view's picture, and in its probes if it has any.
 
         Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
         """
-        return [
-            self._render(camera, box, self._cycles_seed(index, which), FIRST_SAMPLE, samples)
-            .get("Combined", "A")
-            .astype(np.float16)
-            for which, samples in enumerate((COVERAGE_SAMPLES, PROBE_COVERAGE_SAMPLES, PROBE_COVERAGE_SAMPLES))
-        ]
+        probes = (view.probe_samples,) * 2 if view.probed and self._spec.samples is None else ()
+        for which, samples in enumerate((BARE_SAMPLES, *probes)):
+            seed = self._cycles_seed(view.index, which)
+            passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples)
+            combined = passes.get("Combined", "RGBA").astype(np.float16)
+            normal = passes.get("Normal", "XYZ").astype(np.float16) if which == 0 else None
+            view.bare.append(_Bare(combined[..., 3:], combined[..., :3] if which == 0 else None, normal))
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -322,19 +356,20 @@ class Engine:
         cycles = self._scene.cycles
         bounces, cycles.max_bounces = cycles.max_bounces, 0
         self._scene.render.film_transparent = True
+        layer = bpy.context.view_layer
+        layer.use_pass_z = layer.use_pass_normal = True
         self._set_filter(centre_only=True)
         try:
             with bare_surfaces(bpy.data.materials, OPACITY_THRESHOLD):
                 yield
         finally:
             cycles.max_bounces = bounces
+            layer.use_pass_z = layer.use_pass_normal = False
             self._set_filter(centre_only=False)
 
     def _set_filter(self, *, centre_only: bool) -> None:
-        """Sample the centres of pixels, with the data passes, or filter pictures, without."""
+        """Sample pixels at their centres, or filter them as pictures are."""
         self._scene.cycles.filter_width = CENTRE_FILTER_PX if centre_only else FILTER_PX
-        layer = bpy.context.view_layer
-        layer.use_pass_z = layer.use_pass_normal = centre_only
 
     def _render(self, camera: Camera, box: Box, seed: int, first: int, samples: int) -> Passes:
         """Render samples [first, first + samples) of a view's sequence, in a part of it."""
@@ -343,7 +378,7 @@ class Engine:
         cycles = self._scene.cycles
         cycles.seed = seed
         cycles.sample_offset, cycles.sample_subset_length = first, samples
-        # Time alone: a whole update would send every material and image again, 42 ms a call on a textured helmet, 3 now.
+        # Time alone: a whole update sends all materials and images again, 42 ms a call on a textured helmet, not 3.
         self._scene.update_tag(refresh={"TIME"})
         bpy.ops.render.render(write_still=False)
         rendered = time.perf_counter()
@@ -425,7 +460,8 @@ def _set_cycles(scene: Any, device: str, sequence: int) -> None:
     # Cards of leaves and hair stack many alpha-mapped layers; with too few they turn black.
     cycles.transparent_max_bounces = 16
     cycles.volume_bounces = 0
-    cycles.caustics_reflective = cycles.caustics_refractive = False
+    # What lies behind or beside glass and mirrors is lit through them. Under soft light that costs no noise.
+    cycles.caustics_reflective = cycles.caustics_refractive = True
     cycles.blur_glossy = 1.0
     cycles.sample_clamp_direct, cycles.sample_clamp_indirect = 0.0, 10.0
     cycles.film_transparent_glass = True

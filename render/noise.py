@@ -39,7 +39,7 @@ RELAX_DB = 2.0
 """A view that passes by more than this lets the next one start lower."""
 
 _BLOCK = 8
-_MODEL_SPREAD = 0.35
+MODEL_SPREAD = 0.35
 """Share by which views of one object differ from what they tell together."""
 
 _ROUNDING = 1 / (12 * 255**2)  # squared error of 8-bit output
@@ -47,10 +47,10 @@ _ROUNDING = 1 / (12 * 255**2)  # squared error of 8-bit output
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A picture over white, and its coverage.
+    """A picture and its coverage.
 
     Attributes:
-        colour: [H, W, 3], scene-linear, composited on white.
+        colour: [H, W, 3], scene-linear, premultiplied by alpha.
         alpha: [H, W, 1] in [0, 1].
     """
 
@@ -95,14 +95,15 @@ class Model:
 
     _sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)  # rows: error, noise; columns: half, full
 
-    def expect(self, samples: int, removed: tuple[float, float]) -> tuple[float, float] | None:
-        """Return the errors (half, full) to expect of a view from which so much noise was removed; None if unknown."""
+    def expect(self, samples: int, removed: tuple[float, float]) -> Quality | None:
+        """Return the errors to expect of a view from which so much noise was removed; None if no view has told."""
         if not self._sums:
             return None
         nearest = min(self._sums, key=lambda known: abs(math.log(known / samples)))
         error, noise = self._sums[nearest]
-        half, full = np.maximum(error, 0) / np.maximum(noise, 1e-12) * removed
-        return float(half), float(full)
+        expected = np.maximum(error, _ROUNDING) / np.maximum(noise, 1e-12) * removed
+        half, full = (Error(float(mse), MODEL_SPREAD * float(mse)) for mse in expected)
+        return Quality(half, full)
 
     def learn(self, samples: int, removed: tuple[float, float], own: Quality) -> None:
         """Add what a view's own probes said."""
@@ -121,7 +122,7 @@ def estimate(picture: Layer, probes: tuple[Layer, Layer], num_pixels: int) -> Qu
     """
     straight = _straight(picture)
     slope = _slope(picture, straight)
-    by_alpha = np.where(picture.alpha > 0, _srgb(straight) - 1 + slope * (1 - straight), np.float32(-1))
+    by_alpha = np.where(picture.alpha > 0, _srgb(straight) - 1 - slope * straight, np.float32(-1))
     # Differences to the probes, not the pictures themselves: what the tangent is taken at cancels.
     first, second = (
         np.asarray(slope * (picture.colour - probe.colour) + by_alpha * (picture.alpha - probe.alpha), np.float32)
@@ -145,17 +146,15 @@ def removed_noise(picture: Layer, noisy: Float32, num_pixels: int) -> tuple[floa
     )
 
 
-def weigh(own: Quality, expected: tuple[float, float] | None) -> Quality:
-    """Return what a view's own estimate and the expectation from other views say together."""
-    if expected is None:
-        return own
-    return Quality(_weigh(own.half, expected[0]), _weigh(own.full, expected[1]))
+def weigh(own: Quality, expected: Quality) -> Quality:
+    """Return what a view's own estimate and the expectation from other views say together, each by its certainty."""
+    return Quality(_weigh(own.half, expected.half), _weigh(own.full, expected.full))
 
 
-def _weigh(own: Error, expected: float) -> Error:
-    spread = max(_MODEL_SPREAD * expected, 1e-9)
-    trust = spread**2 / (spread**2 + own.deviation**2)
-    return Error(expected + trust * (own.mse - expected), math.sqrt(trust) * own.deviation)
+def _weigh(own: Error, expected: Error) -> Error:
+    variance = max(expected.deviation, 1e-9) ** 2
+    trust = variance / (variance + own.deviation**2)
+    return Error(expected.mse + trust * (own.mse - expected.mse), math.sqrt(trust) * own.deviation)
 
 
 def next_samples(samples: int, shortfall_db: float, max_samples: int) -> int:
@@ -193,7 +192,7 @@ def _mean(product: Float32, num_pixels: float, block: int) -> Error:
 
 
 def _straight(layer: Layer) -> Float32:
-    return np.asarray((layer.colour - (1 - layer.alpha)) / np.maximum(layer.alpha, 1e-6), np.float32)
+    return np.asarray(layer.colour / np.maximum(layer.alpha, 1e-6), np.float32)
 
 
 def _srgb(linear: Float32) -> Float32:
