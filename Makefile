@@ -8,6 +8,9 @@ CORPUS ?= $(OUT)/corpus
 SHARDS ?= all
 VERSION ?= latest
 CONFIG ?= tiny
+ASSETS ?= 6
+VIEWS  ?= 3
+ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
 SET    ?=
@@ -21,7 +24,7 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +46,12 @@ plan: $(VENV)/.ready ## freeze the plan of a spec [SPEC= CORPUS= SET="key=value 
 
 render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 SET="render.samples=32 ..." JSON=1]
 	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
+
+calibrate: $(VENV)/.ready ## print what samples and the noise target give and cost [SPEC= SET= JSON=1 ASSETS=6 VIEWS=3]
+	@$(CLI) calibrate --spec '$(SPEC)' --assets '$(ASSETS)' --views '$(VIEWS)' $(flags_set) $(flags_json)
+
+bench-render: $(VENV)/.ready ## our renderer against the public scripts' way: speed, noise, memory [ARGS="--only tree"]
+	@$(BIN)/python -m tests.bench.render $(ARGS)
 
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1; SPEC= SET= for one plan of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)

@@ -105,6 +105,29 @@ def plan(spec: SpecPath, corpus: Corpus, overrides: Overrides = None, as_json: J
 
 
 @command
+def calibrate(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    assets: Annotated[int, typer.Option(help="how many of the source's first objects")] = 6,
+    views: Annotated[int, typer.Option(help="views of each")] = 3,
+    resolution: Annotated[int, typer.Option(help="width and height in pixels")] = 256,
+    reference_samples: Annotated[int, typer.Option(help="samples a pixel of the render to compare with")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Print what samples, denoising and the noise target give and cost, on a dataset's own objects."""
+    from jobs import calibrate as job
+    from pipeline.spec import load_spec
+
+    rows = job.calibrate(
+        load_spec(spec, overrides or ()), num_assets=assets, num_views=views, resolution_px=resolution,
+        reference_samples=reference_samples,
+    )  # fmt: skip
+    typer.echo(job.table(rows))
+    if as_json:
+        typer.echo(json.dumps(job.as_json(rows)))
+
+
+@command
 def publish(
     corpus: Corpus,
     spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only, by its rules")] = None,

@@ -119,6 +119,25 @@ def thickness(opaque: NDArray[np.bool_], camera: Camera) -> float:
     return round((2 * radius - 1) / pixels_per_unit / OBJECT_SIDE, 6)
 
 
+def on_white_psnr(image: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[float, float]:
+    """Return the PSNR in dB of a straight RGBA picture [H, W, 4] against another, composited on white as in training.
+
+    Returns:
+        After averaging 2 x 2 pixels (training targets are smaller than renders), and at full resolution; at most 99.
+    """
+    first, second = (_on_white(one) for one in (image, truth))
+    height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
+    difference = first - second
+    blocks = difference[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))
+    half, full = (-10 * math.log10(max(float((one**2).mean()), 10**-9.9)) for one in (blocks, difference))
+    return half, full
+
+
+def _on_white(rgba: NDArray[np.uint8]) -> NDArray[np.float64]:
+    alpha = rgba[..., 3:] / 255
+    return np.asarray(rgba[..., :3] / 255 * alpha + 1 - alpha, np.float64)
+
+
 def measure_sample(
     views: Sequence[ViewFacts], scene: Mapping[str, Any], data_views: NDArray[np.uint8] | None = None
 ) -> dict[str, Any]:

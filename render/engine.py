@@ -343,7 +343,7 @@ class Engine:
         Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
         """
         probes = (view.probe_samples,) * 2 if view.probed and self._spec.samples is None else ()
-        for which, samples in enumerate((BARE_SAMPLES, *probes)):
+        for which, samples in enumerate((max(BARE_SAMPLES, self._spec.samples or 0), *probes)):
             seed = self._cycles_seed(view.index, which)
             passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples)
             combined = passes.get("Combined", "RGBA").astype(np.float16)

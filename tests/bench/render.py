@@ -23,11 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipeline.quality import on_white_psnr
 from pipeline.sample import decode_rgba
 from pipeline.spec import DatasetSpec, ProceduralSource, RenderSpec
 from pipeline.types import Sample, derive_seed
@@ -163,24 +162,7 @@ def compare_view(sample: Sample, one: BenchAsset, spec: RenderSpec, view: int) -
     reference = load_reference(one, spec, view)
     if reference is None:
         return None
-    ours, truth = on_white(decode_rgba(sample.views[view].planes["rgba"].data)), on_white(reference)
-    return psnr(average(ours), average(truth)), psnr(ours, truth)
-
-
-def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Composite straight RGBA [H, W, 4] on white; [H, W, 3] in [0, 1]."""
-    alpha = rgba[..., 3:] / 255
-    return rgba[..., :3] / 255 * alpha + 1 - alpha
-
-
-def average(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Average blocks of 2 x 2 pixels."""
-    return (image[0::2, 0::2] + image[1::2, 0::2] + image[0::2, 1::2] + image[1::2, 1::2]) / 4
-
-
-def psnr(image: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
-    """Return the peak signal-to-noise ratio in dB, at most 99."""
-    return -10 * math.log10(max(float(((image - truth) ** 2).mean()), 10**-9.9))
+    return on_white_psnr(decode_rgba(sample.views[view].planes["rgba"].data), reference)
 
 
 def measure_memory(assets: list[BenchAsset]) -> dict[str, Any]:
