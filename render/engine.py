@@ -51,8 +51,8 @@ BARE_SAMPLES = 12
 """Samples a pixel of a see-through object without light, for its coverage and the denoiser's guides: each costs a
 quarter of one with light."""
 
-FIRST_PROBE_SAMPLES = 16
-"""Most samples of a probe of the first two views, which the judgement of all others rests on."""
+FIRST_PROBE_SAMPLES = 8
+"""Samples of each probe of the first two views, which the judgement of all others rests on."""
 
 WHITE_PROBE_SAMPLES = 4
 """Samples of a probe of a see-through object, with light and without: as many, since their edges must agree."""
@@ -202,8 +202,8 @@ class Engine:
             for index, camera in enumerate(cameras):
                 box = _even_box(border(camera, self._points, MARGIN_PX), camera)
                 planes = self._render_planes(camera, box)
-                # The first views teach the model, and every fourth goes on to. Without a denoiser there is no model.
-                probed = index < 3 or index % 4 == 0 or not self._spec.denoise
+                # The first views teach the model, and every eighth goes on to. Without a denoiser there is no model.
+                probed = index < 2 or index % 8 == 0 or not self._spec.denoise
                 probe_samples = FIRST_PROBE_SAMPLES if index < 2 else WHITE_PROBE_SAMPLES if self._on_white else 1
                 self._views.append(_View(index, camera, box, planes, probed, probe_samples, []))
             if self._on_white:
@@ -251,7 +251,7 @@ class Engine:
         expected = self._model.expect(total.samples, removed) if spec.denoise else None
         if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 2) <= 0):
             return expected
-        wanted = max(view.probe_samples if self._on_white else 1, probes[0].samples)
+        wanted = max(view.probe_samples, probes[0].samples)
         while True:
             for which, probe in enumerate(probes, 1):
                 self._extend(probe, view, which, wanted)
@@ -260,7 +260,7 @@ class Engine:
             quality = own if expected is None else noise.weigh(own, expected)
             self.seconds["estimate"] += time.perf_counter() - before
             known = quality.shortfall_db(*targets, -1) > 0 or quality.shortfall_db(*targets, 1) <= 0
-            if known or 2 * wanted > max(view.probe_samples, total.samples // 4):
+            if known or self._on_white or 2 * wanted > max(FIRST_PROBE_SAMPLES, total.samples // 4):
                 self._model.learn(total.samples, removed, own)
                 return quality
             wanted *= 2
