@@ -1,12 +1,13 @@
 """`make bench-render`: our renderer against the way public scripts do it, alternating, asset by asset.
 
-    python -m tests.bench.render [--only NAME,...] [--views 32] [--baseline-views 2] [--no-quality] [--no-memory]
+    python -m tests.bench.render [--only NAME,...] [--views 32] [--baseline-views 2] [--no-quality] ...
 
 Speed at 512^2: both take the whole machine, one after the other. Ours is measured from the request to the last encoded
 byte of all views, in one worker that goes on from asset to asset. The baseline renders a few views in a process of its
 own; its rate for all views is (start, import and normalisation once, views at the median). Quality at 256^2: every view
 that has a converged reference (`tests.bench.reference`; made first if missing, which takes hours), on white, in 8 bits.
-Memory: a child after 5 and after 50 assets, never recycled between.
+Memory: a child after 5 and after 50 assets, never recycled between. Split: all cores as one worker with all threads, and
+as one worker a core.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import argparse
 import json
 import math
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +50,8 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--baseline-views", type=int, default=2)
-    parser.add_argument("--no-quality", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--no-speed", action="store_true")
+    for part in ("speed", "quality", "split", "memory"):
+        parser.add_argument(f"--no-{part}", action="store_true", help=f"leave the part on {part} out")
     args = parser.parse_args()
     assets = bench_assets(args.only)
     result: dict[str, Any] = {"benchmark": "render", "producer": producer(), "num_threads": NUM_THREADS}
@@ -57,6 +59,8 @@ def main() -> None:
         result |= measure_speed(assets, args.resolution, args.views, args.baseline_views)
     if not args.no_quality:
         result |= measure_quality(assets)
+    if not args.no_split:
+        result |= measure_split(assets, args.resolution)
     if not args.no_memory:
         result |= measure_memory(assets)
     print(json.dumps(result, sort_keys=True))
@@ -176,6 +180,44 @@ def measure_memory(assets: list[BenchAsset]) -> dict[str, Any]:
             rss.append(sum(child.memory_info().rss for child in psutil.Process().children()))
     # The child is the same throughout: it is replaced after its last asset only.
     return {"rss_after_5_bytes": rss[4], "rss_after_50_bytes": rss[-2], "rss_growth": round(rss[-2] / rss[4], 3)}
+
+
+def measure_split(assets: list[BenchAsset], resolution: int) -> dict[str, Any]:
+    """Return the throughput of all cores as one worker with all threads, and as workers of one thread each."""
+    spec = _spec(RenderSpec(resolution_px=resolution, num_views=8))
+    seconds: dict[str, list[float]] = {"one": [], "many": []}
+    for _ in range(2):  # in turn, so that a machine that slows down slows both
+        for name, num_workers in (("one", 1), ("many", NUM_THREADS)):
+            waiting = queue.SimpleQueue[BenchAsset]()
+            workers = [
+                RenderWorker(spec, fingerprint="bench", num_threads=NUM_THREADS // num_workers)
+                for _ in range(num_workers)
+            ]
+            for worker in workers:  # a first asset each, so that no start of Blender is timed
+                worker.render(assets[0].asset, assets[0].path)
+            for one in assets:
+                waiting.put(one)
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(num_workers) as pool:
+                list(pool.map(lambda worker: _drain(worker, waiting), workers))
+            seconds[name].append(time.perf_counter() - begun)
+            for worker in workers:
+                worker.close()
+    one_s, many_s = (statistics.median(seconds[name]) for name in ("one", "many"))
+    return {
+        "one_worker_s": round(one_s, 2),
+        "single_thread_workers_s": round(many_s, 2),
+        "split_gain": round(one_s / many_s, 3),
+    }
+
+
+def _drain(worker: RenderWorker, waiting: queue.SimpleQueue[BenchAsset]) -> None:
+    while True:
+        try:
+            one = waiting.get_nowait()
+        except queue.Empty:
+            return
+        worker.render(one.asset, one.path)
 
 
 def _peak_rss(process: psutil.Process) -> int:
