@@ -6,13 +6,14 @@ Speed at 512^2: both take the whole machine, one after the other. Ours is measur
 byte of all views, in one worker that goes on from asset to asset. The baseline renders a few views in a process of its
 own; its rate for all views is (start, import and normalisation once, views at the median). Quality at 256^2: every view
 that has a converged reference (`tests.bench.reference`; made first if missing, which takes hours), on white, in 8 bits.
-Memory: a child after 5 and after 50 assets, never recycled between. Split: all cores as one worker with all threads, and
-as one worker a core.
+Memory: a child after 5 and after 50 assets, never recycled between. Split: all cores as one worker with all threads,
+and as one worker a core.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -199,7 +200,7 @@ def measure_split(assets: list[BenchAsset], resolution: int) -> dict[str, Any]:
                 waiting.put(one)
             begun = time.perf_counter()
             with ThreadPoolExecutor(num_workers) as pool:
-                list(pool.map(lambda worker: _drain(worker, waiting), workers))
+                list(pool.map(_drain, workers, itertools.repeat(waiting)))
             seconds[name].append(time.perf_counter() - begun)
             for worker in workers:
                 worker.close()
