@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from pipeline import receipt
 from pipeline.manifest import load_receipts
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.sources import open_source
-from pipeline.spec import DatasetSpec
+from pipeline.spec import DatasetSpec, WorkerSpec
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
 from render import producer
@@ -193,12 +193,7 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     # that has gone. ray.cancel(force=True) would only race with replies: Ray 2.60 aborts the driver when it loses.
     signal.signal(signal.SIGTERM, handler if callable(handler) else _interrupt)
     try:
-        cpus = ray.cluster_resources().get("CPU", 0.0)
-        if cpus < spec.workers.num_cpus:
-            raise UserError(
-                f"the cluster has {cpus:g} CPUs but workers.num_cpus is {spec.workers.num_cpus:g}; lower it with "
-                "--set workers.num_cpus=1"
-            )
+        require_slots(_nodes(), spec.workers)
         yield
     finally:
         ray.shutdown()
@@ -206,6 +201,43 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
         if logs is not None:
             logs.close()
             ScratchFolder(None, newborn_s=0.5).close()  # killed workers leave their Blender's folder: sweep it
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of each living node of the cluster."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def count_slots(nodes: Sequence[Mapping[str, float]], workers: WorkerSpec) -> int:
+    """Return how many render tasks run at once on nodes of these Ray resources.
+
+    A task's CPUs are those of one node, and its share is of one GPU: two GPUs hold four tasks of 0.4, not five.
+    """
+    slots = 0
+    for node in nodes:
+        fit = int(node.get("CPU", 0.0) / workers.num_cpus + 1e-6)
+        if workers.num_gpus > 0:
+            fit = min(fit, int(node.get("GPU", 0.0)) * int(1 / workers.num_gpus + 1e-6))
+        slots += fit
+    return slots
+
+
+def require_slots(nodes: Sequence[Mapping[str, float]], workers: WorkerSpec) -> None:
+    """Raise UserError unless a render task fits on some node: Ray would wait for such a node for ever."""
+    if count_slots(nodes, workers):
+        return
+    on_cpu = "--set workers.device=cpu --set workers.num_gpus=0"
+    fitted = [node for node in nodes if node.get("GPU", 0.0) >= 1] if workers.num_gpus > 0 else nodes
+    if not fitted:
+        raise UserError(
+            f"workers.device is {workers.device!r} but Ray sees no GPU on its {len(nodes)} node(s); run where one is, "
+            f"or render on the CPU: {on_cpu}"
+        )
+    cpus = max(node.get("CPU", 0.0) for node in fitted)
+    raise UserError(
+        f"no node{' with a GPU' if workers.num_gpus > 0 else ''} has more than {cpus:g} CPUs but workers.num_cpus is "
+        f"{workers.num_cpus:g}; lower it, such as with --set workers.num_cpus=1"
+    )
 
 
 def _check_reachable(address: str) -> None:
@@ -258,8 +290,8 @@ class _Driver:
         self.assembling: dict[Any, _OpenShard] = {}
         self.deaths: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter(summary.failures)
-        slots = int(ray.cluster_resources().get("CPU", 1.0) / spec.workers.num_cpus)
-        self.window = 2 * max(1, slots)  # one running and one queued a slot: fetches overlap, little is lost
+        # One running and one queued a slot: fetches overlap, little is lost.
+        self.window = 2 * max(1, count_slots(_nodes(), spec.workers))
 
     def run(self, todo: Sequence[ShardPlan]) -> None:
         """Make every shard of `todo`, lowest index first."""
@@ -282,8 +314,11 @@ class _Driver:
             shard = self.open[index]
             while shard.waiting and len(self.making) < self.window:
                 asset = shard.waiting.pop()
-                options = {"num_cpus": self.spec.workers.num_cpus, "name": f"render {asset.uid}"[:100]}
-                status, result = _make.options(**options).remote(self.produce, self.spec, self.fingerprint, asset)
+                workers = self.spec.workers
+                task = _make.options(
+                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"render {asset.uid}"[:100]
+                )
+                status, result = task.remote(self.produce, self.spec, self.fingerprint, asset)
                 self.making[status] = (shard, asset, result)
             if (
                 not shard.waiting
@@ -315,7 +350,9 @@ class _Driver:
         self.bar.update(1)
 
     def _died(self, shard: _OpenShard, asset: Asset, error: RayError) -> None:
-        """Try an object again whose worker died, or quarantine it."""
+        """Try an object again whose worker died, or quarantine it; what the user must mend ends the run."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
         self.deaths[asset.uid] += 1
         if self.deaths[asset.uid] < self.spec.limits.max_attempts:
             shard.waiting.append(asset)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import os
 import socket
 import time
 import traceback
@@ -17,22 +18,32 @@ from dataclasses import replace
 from pipeline.admission import check_file, licence_admits
 from pipeline.sources import AssetSource, open_source
 from pipeline.spec import DatasetSpec, digest_json
-from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample
+from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.worker import RenderWorker
 
 Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
-"""(spec, fingerprint, asset) -> Sample or Failure. Raises nothing but what ends the process."""
+"""(spec, fingerprint, asset) -> Sample or Failure. Raises nothing but UserError, which ends the run, and what ends the
+process."""
+
+# Ray assigns GPUs task by task. A child that was started for another GPU must not go on on it.
+_ASSIGNED = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 _workers: dict[str, RenderWorker] = {}
 _sources: dict[str, AssetSource] = {}
 
 
 def render_asset(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
-    """Make one sample by rendering; retryable failures are tried again, up to `limits.max_attempts` in all."""
+    """Make one sample by rendering; retryable failures are tried again, up to `limits.max_attempts` in all.
+
+    Raises:
+        UserError: what the user must mend before any object can be made, such as a GPU that is not there.
+    """
     begun = time.monotonic()
     for attempt in range(1, spec.limits.max_attempts + 1):
         try:
             sample = _attempt(spec, fingerprint, asset)
+        except UserError as error:
+            raise UserError(f"{error} (on {socket.gethostname()})") from None
         except AssetError as error:
             failure = Failure.from_error(asset.uid, error, attempts=attempt)
         except Exception as error:  # noqa: BLE001 - a bug of ours must cost one object, with its trace, not the shard
@@ -70,8 +81,9 @@ def _source(spec: DatasetSpec) -> AssetSource:
 
 
 def _worker(spec: DatasetSpec, fingerprint: str) -> RenderWorker:
-    """Return this process's render worker, replacing one that was made for another spec."""
-    name = digest_json([fingerprint, spec.model_dump(mode="json")])
+    """Return this process's render worker, replacing one that was made for another spec or another GPU."""
+    assigned = [] if spec.workers.device == "cpu" else [os.environ.get(name) for name in _ASSIGNED]
+    name = digest_json([fingerprint, spec.model_dump(mode="json"), assigned])
     if name not in _workers:
         close_worker()
         threads = max(1, round(spec.workers.num_cpus))

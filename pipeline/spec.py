@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.phash import MAX_DISTANCE
 from pipeline.types import PlaneName, UserError
 
+MIN_GPU_SHARE = 0.01
+"""Least share of a GPU that a task may ask for: a hundred Blenders hold more memory than any GPU has."""
+
 Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 M = TypeVar("M", bound=BaseModel)
 
@@ -218,14 +221,19 @@ class WorkerSpec(BaseModel):
         "cpu", description="what Cycles renders on; a device that is asked for and absent is an error at start"
     )
     num_gpus: float = Field(
-        0.0, ge=0, description="share of a GPU that a render task reserves, such as 0.25; needs a device other than cpu"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a GPU that a render task reserves, such as 0.25 for four tasks a GPU; goes with a device "
+        "other than cpu. A process renders on one GPU, so 1 is the most",
     )
 
     @model_validator(mode="after")
     def _gpu_where_asked(self) -> WorkerSpec:
-        if (self.device == "cpu") != (self.num_gpus == 0):
+        if (self.device == "cpu") != (self.num_gpus == 0) or 0 < self.num_gpus < MIN_GPU_SHARE:
             raise ValueError(
-                f"device {self.device!r} with num_gpus {self.num_gpus:g}: a GPU device needs a share of a GPU, cpu none"
+                f"device {self.device!r} with num_gpus {self.num_gpus:g}: a GPU device needs a share of a GPU, "
+                f"{MIN_GPU_SHARE:g} to 1; cpu needs 0"
             )
         return self
 

@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = _leave_network()
     import bpy
 
-    from render.devices import DeviceError, use_device
+    from render.devices import DeviceError, use_device, warm_up
 
     try:
         device = use_device(args.device)
+        if device.cycles == "GPU":
+            warm_up(device)
     except DeviceError as error:
         wire.send(args.result_fd, {"type": "no_device", "message": str(error)})
         return 3

@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.types import UserError
+
 ALLOWED_ENVIRONMENT = (
     "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES",
 )  # fmt: skip
@@ -113,8 +115,20 @@ class ScratchFolder:
             os.close(self._lock)
 
 
-def scrubbed_environment(home: Path, num_threads: int, source: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the child's environment: built from an allow-list, so that no credential can be in it."""
+def scrubbed_environment(
+    home: Path, num_threads: int, source: Mapping[str, str] | None = None, *, device: str = "cpu"
+) -> dict[str, str]:
+    """Return the child's environment: built from an allow-list, so that no credential can be in it.
+
+    Args:
+        home: the child's home, which no other child shares.
+        num_threads: what OpenMP may use.
+        source: what to take variables from; default this process's environment.
+        device: as in `WorkerSpec`; a GPU's compiled kernels are kept outside of `home`.
+
+    Raises:
+        UserError: if the folder for kernels cannot be made.
+    """
     given = os.environ if source is None else source
     folder = str(home)
     return {name: given[name] for name in ALLOWED_ENVIRONMENT if name in given} | {
@@ -126,7 +140,34 @@ def scrubbed_environment(home: Path, num_threads: int, source: Mapping[str, str]
         "TMPDIR": folder,
         "BLENDER_USER_RESOURCES": folder,
         "OMP_NUM_THREADS": str(num_threads),
+        **({} if device == "cpu" else _kernel_caches(given)),
     }
+
+
+def _kernel_caches(given: Mapping[str, str]) -> dict[str, str]:
+    """Return where a GPU's compiled kernels are kept, folders made: a child finds what the ones before it compiled.
+
+    Cycles and AMD's compiler put theirs below XDG_CACHE_HOME; what CUDA compiles goes where CUDA_CACHE_PATH says, and
+    OptiX's database where OPTIX_CACHE_PATH does, by default a folder of /var/tmp that a container loses. Both are the
+    user's to set: OptiX wants no network file system. No credential is in these folders, but a child that a file has
+    taken over could write to them.
+    """
+    base = given.get("XDG_CACHE_HOME") or str(Path(given.get("HOME") or "~").expanduser() / ".cache")
+    root = Path(base).absolute() / "lrm-corpus" / "gpu"
+    folders = {
+        "XDG_CACHE_HOME": str(root),
+        "CUDA_CACHE_PATH": given.get("CUDA_CACHE_PATH") or str(root / "cuda"),
+        "OPTIX_CACHE_PATH": given.get("OPTIX_CACHE_PATH") or str(root / "optix"),
+    }
+    for name, folder in folders.items():
+        try:
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"folder {folder} for compiled GPU kernels cannot be made ({error.strerror}); set {name} to a folder "
+                "that can be written"
+            ) from None
+    return folders
 
 
 def _extra_paths() -> list[str]:
@@ -148,6 +189,7 @@ class ChildProcess:
         starter: ThreadPoolExecutor,
         device: str = "cpu",
     ) -> None:
+        environment = scrubbed_environment(home, num_threads, device=device)
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
         arguments = {
@@ -165,7 +207,7 @@ class ChildProcess:
                 stdout=log_write,
                 stderr=log_write,
                 pass_fds=[result_write],
-                env=scrubbed_environment(home, num_threads),
+                env=environment,
                 cwd=home,
                 start_new_session=True,
                 bufsize=0,

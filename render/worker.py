@@ -49,6 +49,7 @@ from render.process import ChildProcess, ScratchFolder, default_command
 from render.views import EncodedView, bytes_per_pixel, encode_view, unpack_view
 
 START_DEADLINE_S = 120.0
+GPU_START_DEADLINE_S = 1800.0  # a driver may compile Cycles' kernels first: 5 to 10 minutes, once a machine
 _POLL_S = 0.2
 _ENCODERS = 2
 _MAX_IN_FLIGHT = 4
@@ -132,6 +133,7 @@ class RenderWorker:
 
         Raises:
             AssetError: typed, with the tail of what Blender printed.
+            UserError: the device of `workers.device` is not here, or cannot render.
         """
         started = time.monotonic()
         seed = derive_seed("camera", self._spec.render.seed, asset.uid)
@@ -187,9 +189,8 @@ class RenderWorker:
                 starter=self._starter,
                 device=self._spec.workers.device,
             )
-            header, _ = self._receive(
-                self._child, time.monotonic() + START_DEADLINE_S, f"{START_DEADLINE_S:g} s to start"
-            )
+            allowed_s = START_DEADLINE_S if self._spec.workers.device == "cpu" else GPU_START_DEADLINE_S
+            header, _ = self._receive(self._child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")
             if header["type"] == "no_device":
                 self._stop_child()
                 raise UserError(str(header.get("message", ""))[:MAX_MESSAGE_CHARS])

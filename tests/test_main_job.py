@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.receipt import load
+from pipeline.store import open_store
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +89,24 @@ def test_a_deleted_receipt_renders_that_shard_again_with_the_same_bytes(corpus: 
     assert last_json(again)["shards"] == {"asked": 2, "done_before": 2, "committed": 0}
     assert "nothing to do" in again.stderr
     assert "nothing changed" in cli("publish", "--corpus", str(corpus)).stderr
+
+
+@pytest.mark.blender
+def test_rows_tell_what_made_them(corpus: Path) -> None:
+    rows = [
+        row
+        for path in (corpus / "receipts").iterdir()
+        for row in load(open_store(str(corpus)), path.stem).rows.to_pylist()
+    ]
+    assert len(rows) == 3
+    for row in rows:
+        provenance = json.loads(row["provenance"])
+        assert provenance["device"] == "CPU"
+        assert provenance["blender"].startswith(("4.5.", "5.2."))
+        assert (provenance["num_threads"], provenance["attempts"]) == (1, 1)
+        views = json.loads(row["quality"])["views"]
+        assert views["samples"] == [4] * 8, "as the spec fixes them"
+        assert "half_psnr_db" not in views, "nothing is estimated where nothing is aimed at"
 
 
 @pytest.mark.blender

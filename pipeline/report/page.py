@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from pipeline.quality import FLAGS
 from pipeline.reader import VersionReader
 from pipeline.receipt import quality_of
 from pipeline.report.figures import write_cameras, write_contact_sheet, write_histogram
@@ -115,7 +118,36 @@ def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
     if triangles:
         write_histogram(triangles, out_dir / "triangles.png", "log10 of triangles")
         images.append(("triangles.png", "triangles an object"))
-    return Section(title="Quality", images=images) if images else None
+    table = [*_figures(records), *_flags(records)]
+    return Section(title="Quality", images=images, table=table) if images or table else None
+
+
+def _figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Tell what rendering cost and gave, over all views that tell; where the spec fixes samples, no PSNR is known."""
+
+    def of_views(name: str) -> list[float]:
+        return [float(value) for record in records for value in record.get("views", {}).get(name, ())]
+
+    out = []
+    if samples := of_views("samples"):
+        out.append(("samples a pixel: median, most", f"{statistics.median(samples):g}, {max(samples):g}"))
+    for name, where in (("half_psnr_db", "after 2 x 2 averaging"), ("full_psnr_db", "at full resolution")):
+        if found := of_views(name):
+            text = f"{min(found):.1f}, {statistics.median(found):.1f} dB"
+            out.append((f"estimated PSNR on white {where}: least, median", text))
+    cropped = [float(record["mean_cropped"]) for record in records if "mean_cropped" in record]
+    if cropped:
+        out.append(("share of an object outside its views: mean, most", f"{_mean(cropped):.1%}, {max(cropped):.1%}"))
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _flags(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    found = Counter(str(flag) for record in records for flag in record.get("flags", ()))
+    return [(flag.replace("_", " "), f"{found[flag]} of {len(records)} samples") for flag in FLAGS if found[flag]]
 
 
 def _failures(reader: VersionReader) -> Section:

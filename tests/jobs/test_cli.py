@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from pipeline.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = 'name = "x"\n[source]\nkind = "procedural"\nnum_objects = 4\n[shards]\nobjects_per_shard = 2\n'
@@ -56,6 +59,14 @@ def test_a_bad_spec_is_one_line(tmp_path: Path, text: str, words: list[str]) -> 
     path = tmp_path / "bad.toml"
     path.write_text(text)
     refused(run("render", "--spec", str(path), "--corpus", str(tmp_path / "c")), *words)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "specs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_spec_of_the_folder_is_one_with_its_commented_keys_too(tmp_path: Path, path: Path) -> None:
+    assert load_spec(path).name == path.stem
+    keys = re.sub(r"^# (?=\[|\w+ = )", "", path.read_text(), flags=re.MULTILINE)
+    (tmp_path / "all.toml").write_text(keys)
+    assert load_spec(tmp_path / "all.toml").name == path.stem
 
 
 def test_a_missing_spec_is_one_line(tmp_path: Path) -> None:
