@@ -86,7 +86,12 @@ class RenderSpec(BaseModel):
         40.0, ge=20, le=60, description="noise target of a view: least PSNR on white after 2 x 2 averaging"
     )
     full_psnr_db: float = Field(34.0, ge=15, le=60, description="noise target of a view: least PSNR at full resolution")
-    max_samples: int = Field(1024, ge=8, le=65536, description="most samples a pixel that the noise target may take")
+    max_samples: int = Field(
+        256,
+        ge=8,
+        le=65536,
+        description="most samples a pixel that the noise target may take; a view that misses it says so",
+    )
     samples: int | None = Field(
         None, ge=1, le=65536, description="a fixed number of samples a pixel instead of the noise target"
     )
@@ -185,7 +190,8 @@ class LimitSpec(BaseModel):
     """Limits on one asset, and on the child process that opens it."""
 
     model_config = Strict
-    deadline_s: float = Field(300.0, gt=0, description="wall time an asset may take in the child")
+    deadline_s: float = Field(3600.0, gt=0, description="wall time an asset may take in the child")
+    silence_s: float = Field(300.0, gt=0, description="wall time the child may take without a word: an import, a view")
     memory_bytes: int = Field(8 * 2**30, ge=2**28, description="resident memory that the child may hold")
     objects_per_child: int = Field(50, ge=1, description="recycle the child after so many objects")
     max_attempts: int = Field(2, ge=1, le=10, description="tries of a retryable failure, the first included")

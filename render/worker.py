@@ -202,9 +202,15 @@ class RenderWorker:
     def _converse(self, child: ChildProcess, job: _Job) -> None:
         """Take replies until the child is done with the asset: one scene, then each view in order, then done."""
         child.num_objects += 1
-        what = f"{self._spec.limits.deadline_s:g} s (limits.deadline_s) to render {job.asset.uid}"
+        limits, uid = self._spec.limits, job.asset.uid
         while True:
-            header, payload = self._receive(child, job.deadline, what)
+            until, what = (
+                time.monotonic() + limits.silence_s,
+                f"{limits.silence_s:g} s (limits.silence_s) without a word of",
+            )
+            if job.deadline <= until:
+                until, what = job.deadline, f"{limits.deadline_s:g} s (limits.deadline_s) to render"
+            header, payload = self._receive(child, until, f"{what} {uid}")
             kind = header["type"]
             if kind == "error":
                 self._raise_reported(child, header)
