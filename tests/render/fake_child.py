@@ -108,7 +108,14 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     wire.send(out, SCENE)
     sides()
     for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
-        view(i, size, 0.0 if mode == "blank" else 0.5)
+        more = (
+            {"facts": {f"fact {i}": 1}}
+            if mode == "facts"
+            else {"facts": {"cropped": 10**400}}
+            if mode == "huge"
+            else {}
+        )
+        view(i, size, 0.0 if mode == "blank" else 0.5, **more)
     wire.send(out, {"type": "done", "seconds": {"import": 0.1}})
 
 
