@@ -108,13 +108,8 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     wire.send(out, SCENE)
     sides()
     for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
-        more = (
-            {"facts": {f"fact {i}": 1}}
-            if mode == "facts"
-            else {"facts": {"cropped": 10**400}}
-            if mode == "huge"
-            else {}
-        )
+        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**400}}
+        more = {"facts": odd[mode]} if mode in odd else {}
         view(i, size, 0.0 if mode == "blank" else 0.5, **more)
     wire.send(out, {"type": "done", "seconds": {"import": 0.1}})
 
