@@ -297,3 +297,13 @@ def test_shortfall_grows_with_the_target_and_with_the_doubt(mse: float, deviatio
     assert quality.shortfall_db(40 + more, 34) == pytest.approx(base + more)
     assert quality.shortfall_db(40, 34, more) >= base - 1e-9
     assert -50 - 1e-9 <= base <= 40.1
+
+
+@pytest.mark.xfail(strict=True, reason="the model does not know how vaguely it was told")
+def test_a_model_that_was_told_vaguely_does_not_overrule_a_view() -> None:
+    """An estimate below zero is noise: it must not make the next view, whose own probes say 35 dB, pass as perfect."""
+    model, vague = Model(), Error(-1e-5, 1e-4)
+    model.learn(8, (1e-3, 1e-3), Quality(vague, vague))
+    bad = Error(3e-4, 1e-4)
+    weighed = noise.weigh(Quality(bad, bad), model.expect(8, (1e-3, 1e-3)))
+    assert weighed.shortfall_db(40, 34, deviations=1) > 0
