@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import RenderSpec
-from pipeline.types import AssetError, FailureKind
+from pipeline.types import AssetError, FailureKind, PlaneName
 from render import wire
 from render.cameras import cameras_for, cropped_share
 from render.views import pack_view
@@ -120,7 +120,7 @@ def _render(request: dict[str, Any], fd: int, num_threads: int, device: str) -> 
         wire.send(fd, {"type": "sides", "shape": list(sides.shape)}, sides.data.cast("B"))
         for index, (camera, view) in enumerate(zip(cameras, renderer.render_views(), strict=True)):
             cropped = cropped_share(camera, prepared.points, prepared.weights)
-            _send_view(fd, index, view, round(cropped, 6))
+            _send_view(fd, index, view, spec.planes, round(cropped, 6))
     finally:
         renderer.close()
     done = time.perf_counter()
@@ -138,13 +138,14 @@ def _send_scene(fd: int, prepared: PreparedScene, lights: dict[str, Any]) -> Non
     wire.send(fd, {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights})
 
 
-def _send_view(fd: int, index: int, view: RenderedView, cropped: float) -> None:
+def _send_view(fd: int, index: int, view: RenderedView, names: Sequence[PlaneName], cropped: float) -> None:
     facts: dict[str, float | int] = {"cropped": cropped, "samples": view.samples}
     if view.quality is not None:
         facts["half_psnr_db"] = round(view.quality.half.psnr_db, 2)
         facts["full_psnr_db"] = round(view.quality.full.psnr_db, 2)
-    header = {"type": "view", "index": index, "box": list(view.box), "planes": ["rgba", *view.data], "facts": facts}
-    wire.send(fd, header, pack_view({"rgba": view.rgba, **view.data}))
+    made = {"rgba": view.rgba, **view.data}
+    header = {"type": "view", "index": index, "box": list(view.box), "planes": list(names), "facts": facts}
+    wire.send(fd, header, pack_view({name: made[name] for name in names}))
 
 
 @functools.cache

@@ -16,11 +16,11 @@ import os
 import struct
 from typing import Any
 
-import bpy
 import numpy as np
 from numpy.typing import NDArray
 
 _MAGIC = b"v/1\x01"
+_OTHER_LAYOUTS = 0x200 | 0x800 | 0x1000  # bits of the version: tiles, deep data, several parts
 _MAX_HEADER_BYTES = 2**16
 
 
@@ -40,6 +40,8 @@ class Frame:
 
     def take(self, scene: Any) -> Passes:
         """Save what was rendered last and return its passes."""
+        import bpy
+
         os.ftruncate(self._fd, 0)
         bpy.data.images["Render Result"].save_render(f"/proc/self/fd/{self._fd}", scene=scene)
         return Passes(mmap.mmap(self._fd, os.fstat(self._fd).st_size, access=mmap.ACCESS_READ))
@@ -53,7 +55,10 @@ class Passes:
     """
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
-        attributes, start = _header(data)
+        try:
+            attributes, start = _header(data)
+        except (IndexError, ValueError, struct.error):
+            raise FrameError(f"Blender wrote an EXR whose header ends early, after {len(data)} bytes") from None
         self._channels = _channel_names(attributes["channels"])
         left, top, right, bottom = struct.unpack("<4i", attributes["dataWindow"])
         self._height, width = bottom - top + 1, right - left + 1
@@ -61,6 +66,8 @@ class Passes:
             raise FrameError("Blender wrote a compressed or reordered EXR")
         start += 8 * self._height  # rows stand one after the other: their offsets say nothing new
         row = 2 + len(self._channels) * width
+        if len(data) < start + 4 * self._height * row:
+            raise FrameError(f"Blender wrote an EXR that ends early, after {len(data)} bytes")
         values = np.frombuffer(data, np.float32, count=self._height * row, offset=start)
         self._planar = values.reshape(self._height, row)[:, 2:].reshape(self._height, len(self._channels), width)
         self.seconds = {
@@ -78,7 +85,7 @@ class Passes:
         """
         out = np.empty((self._height, self._planar.shape[2], len(channels)), np.float32)
         for i, channel in enumerate(channels):
-            found = [c for c in self._channels if c.endswith(f"{name}.{channel}") and c.count(".") == 2]
+            found = [c for c in self._channels if c.rsplit(".", 2)[1:] == [name, channel]]
             if len(found) != 1:
                 raise FrameError(f"the render has no pass {name}.{channel}; it has {', '.join(self._channels)}")
             out[..., i] = self._planar[:, self._channels.index(found[0])]
@@ -90,6 +97,8 @@ def _header(data: mmap.mmap | bytes) -> tuple[dict[str, bytes], int]:
     head = bytes(data[:_MAX_HEADER_BYTES])
     if head[:4] != _MAGIC:
         raise FrameError(f"Blender wrote {head[:4]!r} instead of an EXR")
+    if struct.unpack_from("<I", head, 4)[0] & _OTHER_LAYOUTS:
+        raise FrameError("Blender wrote a tiled, deep or multipart EXR")
     attributes, at = {}, 8
     while head[at]:
         name_end = head.index(b"\0", at)

@@ -176,8 +176,10 @@ def _step(wanted: float) -> int:
     for count in _LADDER:
         if count >= wanted:
             return count
-    power = math.ceil(math.log(wanted / _LADDER[-1]) / math.log(1.25) - 1e-9)
-    return 2 * round(_LADDER[-1] * 1.25**power / 2)
+    power = 1
+    while (count := 2 * round(_LADDER[-1] * 1.25**power / 2)) < wanted:
+        power += 1
+    return count
 
 
 def _mean(product: Float32, num_pixels: float, block: int) -> Error:
@@ -186,7 +188,7 @@ def _mean(product: Float32, num_pixels: float, block: int) -> Error:
     sums = np.add.reduceat(
         np.add.reduceat(product.sum(axis=2), range(0, height, block), axis=0), range(0, width, block), axis=1
     )
-    scatter = float(np.vdot(sums, sums)) - float(sums.sum()) ** 2 / sums.size
+    scatter = float(np.vdot(sums, sums)) - float(sums.sum()) ** 2 / max(sums.size, 1)
     norm = 3 * num_pixels
     return Error(float(sums.sum()) / norm, math.sqrt(max(scatter, 0.0)) / norm)
 

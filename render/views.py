@@ -88,7 +88,7 @@ def encode_view(
     """Encode the planes of a view [H, W, C], and measure its picture; `told` are facts that the child measured."""
     started = time.perf_counter()
     rgba = premultiplied_linear_to_rgba8(planes["rgba"])
-    facts = {**view_facts(rgba, camera), **told}
+    facts = {**told, **view_facts(rgba, camera)}
     encoded: dict[PlaneName, Plane] = {}
     for name, pixels in planes.items():
         if name == "rgba":

@@ -54,6 +54,7 @@ _POLL_S = 0.2
 _ENCODERS = 2
 _MAX_IN_FLIGHT = 4
 _RECYCLE_MEMORY_SHARE = 0.5
+_MAX_NUMBER = 2**53  # beyond it integers are not exact in JSON, and may not fit a float at all
 
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 _OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
@@ -73,6 +74,7 @@ class _Job:
     pending: deque[Future[EncodedView]] = field(default_factory=deque)
     encoded: list[EncodedView] = field(default_factory=list)
     num_views: int = 0
+    fact_names: list[str] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -244,6 +246,10 @@ class RenderWorker:
         except ValueError as error:
             self._fail(FailureKind.RENDER_CRASH, f"view {job.num_views}: {error}")
         camera, facts = job.cameras[job.num_views], _numbers(header.get("facts"))
+        if job.fact_names is not None and list(facts) != job.fact_names:
+            found = f"view {job.num_views} came with the facts {list(facts)}, view 0 with {job.fact_names}"
+            self._fail(FailureKind.RENDER_CRASH, found)
+        job.fact_names = list(facts)
         job.pending.append(self._encoders.submit(encode_view, planes, facts, self._spec.render, camera))
         job.num_views += 1
         while len(job.pending) > _MAX_IN_FLIGHT:
@@ -376,7 +382,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _numbers(value: Any) -> dict[str, float]:
     """Keep the numbers of an object that the child sent: seconds of its stages, facts of a view."""
-    number: Callable[[Any], bool] = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
+    number: Callable[[Any], bool] = lambda x: (  # noqa: E731
+        isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < _MAX_NUMBER
+    )
     return {str(name)[:20]: x for name, x in list(_mapping(value).items())[:20] if number(x)}
 
 

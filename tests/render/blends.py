@@ -243,6 +243,22 @@ def _unlinked_image(bpy: Any) -> None:
     _cube("seen").data.materials.append(material)
 
 
+def _shining(bpy: Any) -> None:
+    """A cube that emits (0.5, 0.18, 0.02), in a file whose own colour management is anything but plain."""
+    material = bpy.data.materials.new("shining")
+    material.use_nodes = True
+    tree = material.node_tree
+    emission = tree.nodes.new("ShaderNodeEmission")
+    emission.inputs["Color"].default_value = (0.5, 0.18, 0.02, 1)
+    output = next(node for node in tree.nodes if node.type == "OUTPUT_MATERIAL")
+    tree.links.new(emission.outputs[0], output.inputs["Surface"])
+    _cube("seen").data.materials.append(material)
+    scene = bpy.context.scene
+    scene.view_settings.view_transform, scene.view_settings.exposure, scene.view_settings.gamma = "AgX", 2.0, 1.5
+    scene.cycles.film_exposure, scene.cycles.filter_width = 3.0, 5.0
+    scene.render.film_transparent, scene.render.dither_intensity = False, 2.0
+
+
 def _checkers(bpy: Any) -> None:
     """A cube with a texture of red and green pixels in turn; argv[3] is its kind, argv[4] its side in pixels."""
     kind, size = sys.argv[3], int(sys.argv[4])

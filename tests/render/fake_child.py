@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from render import wire
+from render.cameras import CANONICAL_PX, NUM_SIDES
 from render.child import _die_with
+from render.views import pack_view
 
 parser = argparse.ArgumentParser()
 for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
+parser.add_argument("--device")
 args = parser.parse_args()
 _die_with(args.parent_pid)
 
@@ -31,9 +34,16 @@ SCENE: dict[str, Any] = {
 }
 
 
-def view(index: int, size: int, value: float = 0.5) -> None:
-    pixels = np.full((size, size, 4), value, np.float32)
-    wire.send(args.result_fd, {"type": "view", "index": index}, pixels.data.cast("B"))
+def sides(size: int = CANONICAL_PX) -> None:
+    """Send the four sides of a grey box."""
+    pixels = np.full((NUM_SIDES, size, size, 4), 128, np.uint8)
+    wire.send(args.result_fd, {"type": "sides", "shape": list(pixels.shape)}, pixels.data.cast("B"))
+
+
+def view(index: int, size: int, value: float = 0.5, **header: Any) -> None:
+    """Send a view that is one value from edge to edge, under a header in which `header` is false."""
+    told = {"type": "view", "index": index, "box": [0, 0, size, size], "planes": ["rgba"], "facts": {"samples": 4}}
+    wire.send(args.result_fd, told | header, pack_view({"rgba": np.full((size, size, 4), value, np.float32)}))
 
 
 def behave(mode: str, request: dict[str, Any]) -> None:
@@ -74,12 +84,33 @@ def behave(mode: str, request: dict[str, Any]) -> None:
         os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
     elif mode == "shape":
         wire.send(out, SCENE)
-        wire.send(out, {"type": "view", "index": 0}, bytes(16))
+        sides()
+        view(0, size, box=[0, 0, size, size - 1])
+    elif mode == "box":
+        wire.send(out, SCENE)
+        sides()
+        view(0, size, box=[0, 0, size, size + 1])
+    elif mode == "planes":
+        wire.send(out, SCENE)
+        sides()
+        view(0, size, planes=["rgba", "depth"])
+    elif mode == "big":
+        wire.send(out, SCENE)
+        sides(2 * CANONICAL_PX)
+    elif mode == "sides":
+        wire.send(out, SCENE)
+        sides(CANONICAL_PX // 2)
+    elif mode == "sideless":
+        wire.send(out, SCENE)
+        view(0, size)
     elif mode == "kind":
         wire.send(out, {"type": "error", "kind": "made_up", "message": "?"})
     wire.send(out, SCENE)
+    sides()
     for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
-        view(i, size, 0.0 if mode == "blank" else 0.5)
+        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**400}}
+        more = {"facts": odd[mode]} if mode in odd else {}
+        view(i, size, 0.0 if mode == "blank" else 0.5, **more)
     wire.send(out, {"type": "done", "seconds": {"import": 0.1}})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from base64 import b64encode
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.sample import decode_rgba
-from pipeline.types import Sample
+from pipeline.sample import decode_data, decode_rgba, linear_to_srgb
+from pipeline.types import Sample, UserError
 from render.worker import RenderWorker
+from tests.render.analytic import Quad, cast, matt, write_quads
+from tests.render.blends import write_blend
 from tests.render.conftest import asset_of, make_spec
 from tests.render.files import CUBE_TRIANGLES, CUBE_VERTICES, OCTAHEDRON_TRIANGLES, OCTAHEDRON_VERTICES, write_obj
 
@@ -103,6 +106,53 @@ def test_uncropped_leaves_the_border_empty(tmp_path: Path, fov_deg: float) -> No
         assert (alpha > 0).mean() > 0.1
 
 
+@pytest.mark.parametrize("lighting", ["studio", "ambient"])
+def test_10_a_known_radiance_has_its_standard_value(tmp_path: Path, lighting: str) -> None:
+    """Emission of 0.5, 0.18 and 0.02 is 188, 118 and 39 in sRGB; AgX, Blender's default, makes 170 of the first.
+
+    The file's own view transform, exposure, gamma, dither and filter are the file's, and change nothing.
+    """
+    sample = render_once(
+        tmp_path, write_blend("shining", tmp_path / "shining.blend"), lighting=lighting, planes=("rgba", "albedo")
+    )
+    for view, image in zip(sample.views, images_of(sample), strict=True):
+        albedo = decode_data("albedo", view.planes["albedo"])
+        for pixels in (image[image[..., 3] == 255][:, :3], albedo[albedo.any(axis=2)]):
+            assert len(pixels) > 50
+            assert (pixels == [188, 118, 39]).all()
+
+
+BASE = (0.4, 0.18, 0.02)
+
+
+@pytest.mark.parametrize("see_through", ["white", "alpha"])
+@pytest.mark.parametrize("lighting", ["ambient", "studio"])
+def test_12_a_translucent_pane_is_straight_or_on_white(tmp_path: Path, see_through: str, lighting: str) -> None:
+    """One pane of alpha 0.35 that scatters 40, 18 and 2 %, under a white world: its colour and its alpha are known.
+
+    Premultiplied colours would be 116 where straight ones are 168. Under other light the colour is another, and the
+    alpha the same.
+    """
+    pane = Quad([-1, 0, -1], [1.2, 0, 0], [0, 0.2, 2], matt(BASE, 0.35))
+    post = Quad([0.5, 0, -1], [0.5, 0, 0], [0, 0.2, 2], matt([0.1, 0.1, 0.1]))  # pictures without one count as blank
+    path = write_quads(tmp_path / "pane.glb", [pane, post])
+    sample = render_once(
+        tmp_path, path, preset="openlrm", num_views=2, samples=256, see_through=see_through, lighting=lighting
+    )
+    for view, image in enumerate(images_of(sample)):
+        inside = cast(sample, view, [pane]).inside(0.2)[0]
+        assert inside.sum() > 50
+        found = image[inside].astype(float)
+        radiance = np.array(BASE)
+        if see_through == "white":
+            assert (found[:, 3] == 255).all()
+            radiance = 0.35 * radiance + 0.65
+        else:
+            assert found[:, 3].mean() == pytest.approx(0.35 * 255, abs=0.5)
+        if lighting == "ambient":
+            np.testing.assert_allclose(found[:, :3].mean(axis=0), 255 * linear_to_srgb(radiance), atol=1.0)
+
+
 @pytest.mark.parametrize("see_through", ["white", "alpha"])
 def test_13_glass_is_neither_black_nor_a_hole(tmp_path: Path, see_through: str) -> None:
     """Two faces of alpha 0.35: a mask that all views agree on with white behind it, or a translucent pane."""
@@ -117,6 +167,58 @@ def test_13_glass_is_neither_black_nor_a_hole(tmp_path: Path, see_through: str) 
             assert 150 < colour < 250, "0.42 of the white behind must shine through"
         else:
             assert 120 < alpha < 200
+
+
+def test_19_edges_are_smooth_in_the_picture(tmp_path: Path) -> None:
+    """A slanted edge covers its pixels in part, each by about the share that lies inside; without a filter it is steps.
+
+    Depth, which has no such thing as half a surface, is tested with the planes.
+    """
+    card = [Quad([-0.9, 0, -0.6], [1.5, 0, 0.3], [-0.22, 0, 1.1], matt((0.5, 0.5, 0.5)))]
+    sample = render_once(
+        tmp_path, write_quads(tmp_path / "card.glb", card), preset="openlrm", num_views=1, resolution_px=64, samples=64
+    )
+    alpha = images_of(sample)[0][..., 3] / 255
+    hits = cast(sample, 0, card)
+    # Signed distances to the four edges in pixels, from how fast s and t change.
+    distances = []
+    for value in (hits.s[0], hits.t[0]):
+        slope = np.hypot(*np.gradient(value))
+        distances += [value / slope, (1 - value) / slope]
+    inwards = np.sort(np.stack(distances), axis=0)
+    away_from_corners = inwards[1] > 3
+    edge = away_from_corners & (np.abs(inwards[0]) < 0.3)
+    assert edge.sum() > 40
+    assert ((alpha > 0.05) & (alpha < 0.95))[edge].all()
+    # A filter of 1.5 px is about as wide as a box of one, whose coverage of a half-plane is near its distance + 0.5.
+    assert np.abs(alpha - np.clip(inwards[0] + 0.5, 0, 1))[away_from_corners].max() < 0.15
+    # Blender's width is a radius: the tails of the filter reach 1.5 px to each side.
+    assert (alpha[inwards[0] > 1.5] == 1).all()
+    assert (alpha[inwards[0] < -1.5] == 0).all()
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "CUDA"), ("optix", "OPTIX"), ("hip", "HIP")])
+def test_20_a_gpu_that_is_not_there_is_an_error_at_the_start(tmp_path: Path, device: str, backend: str) -> None:
+    """On a machine that has one, the row names it; nowhere does a run go on in silence on the CPU."""
+    path = write_obj(tmp_path / "cube.obj", [(CUBE_VERTICES, CUBE_TRIANGLES, (1, 0, 0))])
+    spec = make_spec(workers={"device": device, "num_gpus": 0.25})
+    started = time.monotonic()
+    with RenderWorker(spec, fingerprint="f", num_threads=2, scratch_dir=tmp_path) as worker:
+        try:
+            sample = worker.render(asset_of(path), path)
+        except UserError as error:
+            message = str(error)
+            assert "\n" not in message
+            assert backend in message
+            assert f"workers.device = {device!r}" in message
+            assert worker._child is None
+        else:
+            assert sample.provenance["device"].endswith(f"({backend})")
+    assert time.monotonic() - started < 60
+
+
+def test_20_the_row_says_that_it_was_the_cpu(markers: Sample) -> None:
+    assert markers.provenance["device"] == "CPU"
 
 
 def write_pane(path: Path, alpha: float) -> Path:

@@ -74,7 +74,13 @@ def alive(pid: int) -> bool:
         ("garbage", FailureKind.RENDER_CRASH, "starts with b'Trac'"),
         ("header", FailureKind.RENDER_CRASH, "header of 2147483648 bytes"),
         ("nan", FailureKind.RENDER_CRASH, "NaN"),
-        ("shape", FailureKind.RENDER_CRASH, "payload of 16 bytes"),
+        ("shape", FailureKind.RENDER_CRASH, "view 0: it came with 16384 bytes of pixels; 15872 are right for its box"),
+        ("box", FailureKind.RENDER_CRASH, "view 0: its box [0, 0, 32, 33] does not lie in 32 x 32 px"),
+        ("planes", FailureKind.RENDER_CRASH, "['rgba', 'depth']; ['rgba'] were asked for"),
+        ("big", FailureKind.RENDER_CRASH, "payload of 262144 bytes; at most 65536 are allowed"),
+        ("sides", FailureKind.RENDER_CRASH, "four sides came with 16384 bytes"),
+        ("sideless", FailureKind.RENDER_CRASH, "the child said 'view' after 0 views"),
+        ("facts", FailureKind.RENDER_CRASH, "view 1 came with the facts ['fact 1'], view 0 with ['fact 0']"),
         ("kind", FailureKind.RENDER_CRASH, "unknown kind 'made_up'"),
         ("few", FailureKind.BAD_VIEW_COUNT, "1 views were rendered, 2 were asked for"),
         ("many", FailureKind.BAD_VIEW_COUNT, "view 2 came after 2 of 2"),
@@ -90,6 +96,11 @@ def test_a_misbehaving_child_gives_a_typed_failure_and_the_next_asset_renders(
     assert error.kind is kind
     assert message in error.message
     assert len(good(worker).views) == 2
+
+
+def test_numbers_that_no_measurement_gives_are_dropped(fake: MakeWorker) -> None:
+    path = Path("/nowhere/huge.glb")
+    assert "cropped" not in fake().render(asset_of(path), path).quality["views"]
 
 
 def test_a_crash_keeps_the_last_words(fake: MakeWorker) -> None:
