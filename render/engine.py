@@ -51,8 +51,14 @@ BARE_SAMPLES = 12
 """Samples a pixel of a see-through object without light, for its coverage and the denoiser's guides: each costs a
 quarter of one with light."""
 
+BARE_LAG = 2
+"""How many times those of its coverage a see-through picture's samples may be before the coverage is made anew."""
+
 FIRST_PROBE_SAMPLES = 8
 """Samples of each probe of the first two views, which the judgement of all others rests on."""
+
+FULL_PROBE_PX = 256
+"""Width from which on so few samples do; smaller pictures take more, as they have fewer pixels."""
 
 WHITE_PROBE_SAMPLES = 4
 """Samples of a probe of a see-through object, with light and without: as many, since their edges must agree."""
@@ -127,12 +133,12 @@ class _Bare:
     normal: NDArray[np.float16] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _View:
     """A view to render.
 
     `probed` views are judged by probes of their own, `probe_samples` is how many samples each of the two should have;
-    `bare` is what a see-through object is without light, in the picture and in the probes.
+    `bare` is what a see-through object is without light, in the picture, with `bare_samples`, and in the probes.
     """
 
     index: int
@@ -141,7 +147,8 @@ class _View:
     planes: dict[PlaneName, NDArray[Any]]
     probed: bool
     probe_samples: int
-    bare: list[_Bare]
+    bare_samples: int
+    bare: list[_Bare] = field(default_factory=list)
 
 
 class Engine:
@@ -205,7 +212,10 @@ class Engine:
                 # The first views teach the model, and every eighth goes on to. Without a denoiser there is no model.
                 probed = index < 2 or index % 8 == 0 or not self._spec.denoise
                 probe_samples = FIRST_PROBE_SAMPLES if index < 2 else WHITE_PROBE_SAMPLES if self._on_white else 1
-                self._views.append(_View(index, camera, box, planes, probed, probe_samples, []))
+                # A small picture has few pixels to tell by, and much edge.
+                small = min(max(1, round((FULL_PROBE_PX / camera.width) ** 2)), 8)
+                bare_samples = max(BARE_SAMPLES * small, self._spec.samples or 0)
+                self._views.append(_View(index, camera, box, planes, probed, probe_samples * small, bare_samples))
             if self._on_white:
                 self._set_filter(centre_only=False)
                 for view in self._views:
@@ -234,6 +244,8 @@ class Engine:
         spec, total, probes = self._spec, _Sum(), (_Sum(), _Sum())
         while True:
             self._extend(total, view, 0, samples)
+            if self._on_white and spec.samples is None and samples > BARE_LAG * view.bare_samples:
+                self._refine_bare(view, total, samples)
             layer = self._denoised(total)
             if spec.samples is not None:
                 return layer, samples, None
@@ -251,7 +263,8 @@ class Engine:
         expected = self._model.expect(total.samples, removed) if spec.denoise else None
         if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 2) <= 0):
             return expected
-        wanted = max(view.probe_samples, probes[0].samples)
+        # With the picture the probes grow too: the same unlucky ones would refuse it for ever.
+        wanted = max(view.probe_samples, probes[0].samples, total.samples // 8)
         while True:
             for which, probe in enumerate(probes, 1):
                 self._extend(probe, view, which, wanted)
@@ -260,7 +273,7 @@ class Engine:
             quality = own if expected is None else noise.weigh(own, expected)
             self.seconds["estimate"] += time.perf_counter() - before
             known = quality.shortfall_db(*targets, -1) > 0 or quality.shortfall_db(*targets, 1) <= 0
-            if known or self._on_white or 2 * wanted > max(FIRST_PROBE_SAMPLES, total.samples // 4):
+            if known or 2 * wanted > max(view.probe_samples, total.samples // 4):
                 self._model.learn(total.samples, removed, own)
                 return quality
             wanted *= 2
@@ -305,6 +318,18 @@ class Engine:
         self.seconds["denoise"] += time.perf_counter() - before
         return noise.Layer(np.where(layer.alpha > 0, colour, np.float32(0)), layer.alpha)
 
+    def _refine_bare(self, view: _View, total: _Sum, samples: int) -> None:
+        """Render a see-through object's coverage anew with more samples, where its noise may be what is left."""
+        with self._bare(film_transparent=False):
+            self._set_filter(centre_only=False)
+            before, after = view.bare[0], self._bare_of(view, 0, samples)
+        view.bare[0], view.bare_samples = after, samples
+        change = after.alpha.astype(np.float32) - before.alpha.astype(np.float32)
+        # The picture on white stays what it is; less or more of it is the white behind.
+        total.layers["colour"] += change * total.samples
+        for name in ("alpha", "albedo", "normal"):
+            total.layers[name] = np.asarray(getattr(after, name), np.float32) * total.samples
+
     def _render_side(self, camera: Camera) -> NDArray[np.uint8]:
         data = self._render_data(camera, (0, 0, camera.width, camera.height))
         seen = np.where(data["depth"] > 0, 255, 0).astype(np.uint8)
@@ -343,16 +368,23 @@ class Engine:
         Each with the seed and so the rays of its colours: the white that is taken out at an edge is what came in.
         """
         probes = (view.probe_samples,) * 2 if view.probed and self._spec.samples is None else ()
-        for which, samples in enumerate((max(BARE_SAMPLES, self._spec.samples or 0), *probes)):
-            seed = self._cycles_seed(view.index, which)
-            passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples)
-            combined = passes.get("Combined", "RGBA").astype(np.float16)
-            normal = passes.get("Normal", "XYZ").astype(np.float16) if which == 0 else None
-            view.bare.append(_Bare(combined[..., 3:], combined[..., :3] if which == 0 else None, normal))
+        view.bare = [self._bare_of(view, which, n) for which, n in enumerate((view.bare_samples, *probes))]
+
+    def _bare_of(self, view: _View, which: int, samples: int) -> _Bare:
+        """Render the coverage and guides of a view's picture (0), or the coverage of a probe (1, 2)."""
+        seed = self._cycles_seed(view.index, which)
+        passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples)
+        combined = passes.get("Combined", "RGBA").astype(np.float16)
+        if which:
+            return _Bare(combined[..., 3:], None, None)
+        return _Bare(combined[..., 3:], combined[..., :3], passes.get("Normal", "XYZ").astype(np.float16))
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
-        """Render surfaces without light, by camera rays alone, at first through the centres of pixels."""
+    def _bare(self, *, film_transparent: bool = True) -> Iterator[None]:
+        """Render surfaces without light, by camera rays alone, at first through the centres of pixels.
+
+        `film_transparent` is what the film becomes again afterwards.
+        """
         cycles = self._scene.cycles
         bounces, cycles.max_bounces = cycles.max_bounces, 0
         self._scene.render.film_transparent = True
@@ -364,6 +396,7 @@ class Engine:
                 yield
         finally:
             cycles.max_bounces = bounces
+            self._scene.render.film_transparent = film_transparent
             layer.use_pass_z = layer.use_pass_normal = False
             self._set_filter(centre_only=False)
 

@@ -42,6 +42,9 @@ _BLOCK = 8
 MODEL_SPREAD = 0.35
 """Share by which views of one object differ from what they tell together."""
 
+_PRIOR_SHARE = 0.2
+"""Share of the noise removed that is left as error, before any view has told: 0.05 to 0.4 were seen."""
+
 _ROUNDING = 1 / (12 * 255**2)  # squared error of 8-bit output
 
 
@@ -64,6 +67,11 @@ class Error:
 
     mse: float
     deviation: float
+
+    @property
+    def pessimistic(self) -> Error:
+        """The error one standard error above the estimate, itself taken as certain."""
+        return Error(max(self.mse, 0.0) + self.deviation, 0.0)
 
     @property
     def psnr_db(self) -> float:
@@ -93,22 +101,27 @@ def on_white(layer: Layer) -> Float32:
 class Model:
     """What the views of one object have told: how the error left is to the noise removed, by number of samples."""
 
-    _sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)  # rows: error, noise; columns: half, full
+    # Rows: error, its variance, noise removed; columns: half, full.
+    _sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
-    def expect(self, samples: int, removed: tuple[float, float]) -> Quality | None:
-        """Return the errors to expect of a view from which so much noise was removed; None if no view has told."""
+    def expect(self, samples: int, removed: tuple[float, float]) -> Quality:
+        """Return the errors to expect of a view from which so much noise was removed, and how vague that is."""
         if not self._sums:
-            return None
+            half, full = (Error(_PRIOR_SHARE * noise, _PRIOR_SHARE * noise) for noise in removed)
+            return Quality(half, full)
         nearest = min(self._sums, key=lambda known: abs(math.log(known / samples)))
-        error, noise = self._sums[nearest]
-        expected = np.maximum(error, _ROUNDING) / np.maximum(noise, 1e-12) * removed
-        half, full = (Error(float(mse), MODEL_SPREAD * float(mse)) for mse in expected)
+        error, variance, noise = self._sums[nearest]
+        factor = np.array(removed) / np.maximum(noise, 1e-12)
+        mse = np.maximum(error, 0) * factor
+        deviation = np.hypot(MODEL_SPREAD * mse, np.sqrt(variance) * factor)
+        half, full = (Error(float(m), float(d)) for m, d in zip(mse, deviation))
         return Quality(half, full)
 
     def learn(self, samples: int, removed: tuple[float, float], own: Quality) -> None:
         """Add what a view's own probes said."""
-        told = np.array([(own.half.mse, own.full.mse), removed])
-        self._sums[samples] = self._sums.get(samples, np.zeros((2, 2))) + told
+        errors = own.half, own.full
+        told = np.array([[e.mse for e in errors], [e.deviation**2 for e in errors], removed])
+        self._sums[samples] = self._sums.get(samples, np.zeros((3, 2))) + told
 
 
 def estimate(picture: Layer, probes: tuple[Layer, Layer], num_pixels: int) -> Quality:
