@@ -189,7 +189,7 @@ class Engine:
         _set_cycles(self._scene, device, max(MIN_SEQUENCE, FIRST_SAMPLE + (spec.samples or spec.max_samples)))
         self._frame = Frame()
         self._views: list[_View] = []
-        self._model = noise.Model()
+        self._model = noise.Model(noise.WHITE_SPREAD if self._on_white else noise.OPAQUE_SPREAD)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def close(self) -> None:

@@ -39,11 +39,8 @@ RELAX_DB = 2.0
 """A view that passes by more than this lets the next one start lower."""
 
 _BLOCK = 8
-MODEL_SPREAD = 0.35
-"""Share by which views of one object differ from what they tell together."""
-
-_PRIOR_SHARE = 0.2
-"""Share of the noise removed that is left as error, before any view has told: 0.05 to 0.4 were seen."""
+OPAQUE_SPREAD, WHITE_SPREAD = 0.5, 0.8
+"""Share by which views of one object differ from what they tell together; more, where they are see-through on white."""
 
 _ROUNDING = 1 / (12 * 255**2)  # squared error of 8-bit output
 
@@ -101,19 +98,19 @@ def on_white(layer: Layer) -> Float32:
 class Model:
     """What the views of one object have told: how the error left is to the noise removed, by number of samples."""
 
+    spread: float = OPAQUE_SPREAD
     # Rows: error, its variance, noise removed; columns: half, full.
     _sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
-    def expect(self, samples: int, removed: tuple[float, float]) -> Quality:
-        """Return the errors to expect of a view from which so much noise was removed, and how vague that is."""
+    def expect(self, samples: int, removed: tuple[float, float]) -> Quality | None:
+        """Return the errors to expect of a view from which so much noise was removed; None if no view has told."""
         if not self._sums:
-            half, full = (Error(_PRIOR_SHARE * noise, _PRIOR_SHARE * noise) for noise in removed)
-            return Quality(half, full)
+            return None
         nearest = min(self._sums, key=lambda known: abs(math.log(known / samples)))
         error, variance, noise = self._sums[nearest]
         factor = np.array(removed) / np.maximum(noise, 1e-12)
         mse = np.maximum(error, 0) * factor
-        deviation = np.hypot(MODEL_SPREAD * mse, np.sqrt(variance) * factor)
+        deviation = np.hypot(self.spread * mse, np.sqrt(variance) * factor)
         half, full = (Error(float(m), float(d)) for m, d in zip(mse, deviation))
         return Quality(half, full)
 
