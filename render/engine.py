@@ -180,6 +180,8 @@ class Engine:
     ) -> None:
         self._spec, self._seed, self._points, self._denoiser = spec, seed, points, denoiser
         self._on_white = transparent and spec.see_through == "white"
+        margin = noise.WHITE_MARGIN_DB if self._on_white else 0.0
+        self._targets_db = spec.half_psnr_db + margin, spec.full_psnr_db + margin
         self._scene = bpy.context.scene
         data = bpy.data.cameras.new("lrm camera")
         self._camera = bpy.data.objects.new("lrm camera", data)
@@ -232,7 +234,7 @@ class Engine:
         for view in self._views:
             layer, count, quality = self._render_view(view, samples)
             if quality is not None:
-                short = quality.shortfall_db(self._spec.half_psnr_db, self._spec.full_psnr_db, deviations=1)
+                short = quality.shortfall_db(*self._targets_db, deviations=1)
                 samples = noise.first_samples(count, short, self._spec.max_samples)
             rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
             rgba[..., 3:] = layer.alpha
@@ -250,7 +252,7 @@ class Engine:
             if spec.samples is not None:
                 return layer, samples, None
             quality = self._judge(view, layer, total, probes)
-            short = quality.shortfall_db(spec.half_psnr_db, spec.full_psnr_db, deviations=1)
+            short = quality.shortfall_db(*self._targets_db, deviations=1)
             if short <= 0 or samples >= spec.max_samples:
                 return layer, samples, quality
             samples = noise.next_samples(samples, short, spec.max_samples)
@@ -258,7 +260,7 @@ class Engine:
     def _judge(self, view: _View, layer: noise.Layer, total: _Sum, probes: tuple[_Sum, _Sum]) -> noise.Quality:
         """Estimate a picture's quality: from the views so far where that will do, else from probes of its own."""
         spec, num_pixels = self._spec, view.camera.width * view.camera.height
-        targets = spec.half_psnr_db, spec.full_psnr_db
+        targets = self._targets_db
         removed = noise.removed_noise(layer, total.mean("colour"), num_pixels)
         expected = self._model.expect(total.samples, removed) if spec.denoise else None
         if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 2) <= 0):
