@@ -1,4 +1,4 @@
-"""Cycles: settings, the camera, and as many samples as a picture needs.
+"""From a prepared scene to pictures: the camera, and as many samples as each needs.
 
 A fixed number of samples cannot meet a noise target: at 512^2 a plain tree reaches it with 4 samples a pixel, brushed
 metal with 16, glass with more. So each view is rendered in steps of one Sobol sequence until its estimated error
@@ -9,7 +9,6 @@ metal with 16, glass with more. So each view is rendered in steps of one Sobol s
 Steps of one sequence add up to exactly the picture that one call would have made. The next view starts where this one
 ended. Cycles' own adaptive sampling looks every 16 samples, after this is done, and knows nothing of the denoiser.
 
-Every setting that changes pixels is set here, none is left to Blender's defaults, which differ between versions.
 Persistent data keeps the synchronised scene and its BVH from view to view: only the camera, the seed and the sample
 range change. They are seen by the renderer only after the scene is tagged: without, every call repeats the last.
 Only the pixels that the object can cover are rendered; outside, a view is background by construction.
@@ -17,7 +16,7 @@ Only the pixels that the object can cover are rendered; outside, a view is backg
 Surfaces that are see-through (`see_through = "white"`) take a pass more. Cycles' own alpha of glass depends on the
 angle and on the number of layers, and is no coverage: masks of one object disagree between views. So coverage is
 rendered first, without light, with every alpha made 0 or 1; then the object on white, whose white is taken out again
-under the coverage. On white the picture is exactly Cycles' own.
+under the coverage.
 """
 
 from __future__ import annotations
@@ -37,8 +36,9 @@ from numpy.typing import NDArray
 from pipeline.sample import albedo_to_u8, depth_to_u16, normal_to_u8
 from pipeline.spec import RenderSpec
 from pipeline.types import Camera, Float64, PlaneName, derive_seed
-from render import noise, versions
+from render import noise
 from render.cameras import NEAR_PLANE, border, canonical_cameras, depth_scale, flip_camera_axes
+from render.cycles import CENTRE_FILTER_PX, FILTER_PX, set_cycles, set_output
 from render.denoise import Denoiser
 from render.frame import Frame, Passes
 from render.lighting import show_white_behind
@@ -70,12 +70,6 @@ FIRST_SAMPLE = 64
 """Where in its Sobol sequence a view starts. Cycles takes sample 0 through the centre of each pixel, whatever the seed:
 a probe of that sample would see no edge and no texture filtered. Steps from a power of two on are stratified as from 0.
 """
-
-MIN_SEQUENCE = 256
-"""Least length of the Sobol sequence; a table of 1024, the default limit, takes 4 MB and no time that shows."""
-
-FILTER_PX, CENTRE_FILTER_PX = 1.5, 0.01
-"""Width of the pixel filter: Blackman-Harris, and, for data, as narrow as Blender allows."""
 
 _FAR = 1000.0
 
@@ -187,8 +181,8 @@ class Engine:
         self._camera = bpy.data.objects.new("lrm camera", data)
         self._scene.collection.objects.link(self._camera)
         self._scene.camera = self._camera
-        _set_output(self._scene, spec.resolution_px, num_threads)
-        _set_cycles(self._scene, device, max(MIN_SEQUENCE, FIRST_SAMPLE + (spec.samples or spec.max_samples)))
+        set_output(self._scene, spec.resolution_px, num_threads)
+        set_cycles(self._scene, device, FIRST_SAMPLE + (spec.samples or spec.max_samples))
         self._frame = Frame()
         self._views: list[_View] = []
         self._model = noise.Model(noise.WHITE_SPREAD if self._on_white else noise.OPAQUE_SPREAD)
@@ -452,64 +446,3 @@ def _even_box(box: Box, camera: Camera) -> Box:
     """Grow a box to even numbers, so that it holds whole blocks of 2 x 2 pixels; the view's own edge is the limit."""
     left, top, right, bottom = box
     return left // 2 * 2, top // 2 * 2, min(-(-right // 2) * 2, camera.width), min(-(-bottom // 2) * 2, camera.height)
-
-
-def _set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
-    render = scene.render
-    render.engine = "CYCLES"
-    render.resolution_x = render.resolution_y = resolution_px
-    render.resolution_percentage = 100
-    render.pixel_aspect_x = render.pixel_aspect_y = 1.0
-    render.use_border = render.use_crop_to_border = True
-    render.film_transparent = True
-    render.use_persistent_data = True
-    render.threads_mode = "FIXED"
-    render.threads = num_threads
-    render.use_compositing = render.use_sequencer = False
-    render.use_motion_blur = False
-    render.use_multiview = False
-    render.dither_intensity = 0.0
-    render.use_file_extension = False
-    versions.set_exr_output(render.image_settings, layers=True)
-    versions.set_later_settings()
-    scene.display_settings.display_device = "sRGB"
-    view = scene.view_settings
-    view.view_transform, view.look, view.exposure, view.gamma = "Standard", "None", 0.0, 1.0
-    view.use_curve_mapping = False
-
-
-def _set_cycles(scene: Any, device: str, sequence: int) -> None:
-    cycles = scene.cycles
-    cycles.device = device
-    cycles.samples = sequence
-    cycles.use_sample_subset = True
-    cycles.use_adaptive_sampling = False
-    cycles.use_animated_seed = False
-    cycles.sampling_pattern = "TABULATED_SOBOL"
-    # Lights are the world's, met by the surface's own rays (`render.lighting`); only surfaces that emit are sampled.
-    cycles.use_light_tree = True
-    cycles.max_bounces = 6
-    cycles.diffuse_bounces = 2
-    cycles.glossy_bounces = 2
-    cycles.transmission_bounces = 6
-    # Cards of leaves and hair stack many alpha-mapped layers; with too few they turn black.
-    cycles.transparent_max_bounces = 16
-    cycles.volume_bounces = 0
-    # What lies behind or beside glass and mirrors is lit through them. Under soft light that costs no noise.
-    cycles.caustics_reflective = cycles.caustics_refractive = True
-    cycles.blur_glossy = 1.0
-    cycles.sample_clamp_direct, cycles.sample_clamp_indirect = 0.0, 10.0
-    cycles.film_transparent_glass = True
-    cycles.film_transparent_roughness = 1.0
-    cycles.film_exposure = 1.0
-    cycles.pixel_filter_type = "BLACKMAN_HARRIS"
-    cycles.filter_width = FILTER_PX
-    cycles.use_auto_tile = False
-    cycles.time_limit = 0.0
-    cycles.use_denoising = False
-    # Coverage, depth and normals are those of surfaces made wholly there or wholly absent (`render.overrides`).
-    bpy.context.view_layer.pass_alpha_threshold = 0.5
-    # The world is smooth: drawing it through the surface's own lobes is exact, a map of it is not needed.
-    if scene.world is not None:
-        scene.world.cycles.sampling_method = "NONE"
-        scene.world.cycles_visibility.camera = True
