@@ -20,11 +20,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import RenderSpec
-from pipeline.types import AssetError, FailureKind, PlaneName
+from pipeline.types import AssetError, Camera, FailureKind, PlaneName
 from render import wire
 from render.cameras import cameras_for, cropped_share
 from render.views import pack_view
@@ -118,9 +119,15 @@ def _render(request: dict[str, Any], fd: int, num_threads: int, device: str) -> 
     try:
         sides = renderer.render_bare(cameras)
         wire.send(fd, {"type": "sides", "shape": list(sides.shape)}, sides.data.cast("B"))
-        for index, (camera, view) in enumerate(zip(cameras, renderer.render_views(), strict=True)):
-            cropped = cropped_share(camera, prepared.points, prepared.weights)
-            _send_view(fd, index, view, spec.planes, round(cropped, 6))
+        # While a view is written, 4 MB through a pipe, the next one renders.
+        with ThreadPoolExecutor(1, "send") as pool:
+            sent: Future[None] | None = None
+            for index, (camera, view) in enumerate(zip(cameras, renderer.render_views(), strict=True)):
+                if sent is not None:
+                    sent.result()
+                sent = pool.submit(_send_view, fd, index, view, spec.planes, camera, prepared)
+            if sent is not None:
+                sent.result()
     finally:
         renderer.close()
     done = time.perf_counter()
@@ -138,7 +145,10 @@ def _send_scene(fd: int, prepared: PreparedScene, lights: dict[str, Any]) -> Non
     wire.send(fd, {"type": "scene", "normalization": similarity, "quality": prepared.quality, "lights": lights})
 
 
-def _send_view(fd: int, index: int, view: RenderedView, names: Sequence[PlaneName], cropped: float) -> None:
+def _send_view(
+    fd: int, index: int, view: RenderedView, names: Sequence[PlaneName], camera: Camera, prepared: PreparedScene
+) -> None:
+    cropped = round(cropped_share(camera, prepared.points, prepared.weights), 6)
     facts: dict[str, float | int] = {"cropped": cropped, "samples": view.samples}
     if view.quality is not None:
         # What was accepted, one standard error against us.

@@ -36,7 +36,6 @@ def set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     render.use_multiview = False
     render.dither_intensity = 0.0
     render.use_file_extension = False
-    versions.set_exr_output(render.image_settings, layers=True)
     versions.set_later_settings()
     scene.display_settings.display_device = "sRGB"
     view = scene.view_settings

@@ -37,7 +37,7 @@ from pipeline.sample import albedo_to_u8, depth_to_u16, normal_to_u8
 from pipeline.spec import RenderSpec
 from pipeline.types import Camera, Float64, PlaneName, derive_seed
 from render import noise
-from render.cameras import NEAR_PLANE, border, canonical_cameras, depth_scale, flip_camera_axes
+from render.cameras import NEAR_PLANE, NUM_SIDES, border, canonical_cameras, depth_scale, flip_camera_axes
 from render.cycles import CENTRE_FILTER_PX, FILTER_PX, set_cycles, set_output
 from render.denoise import Denoiser
 from render.frame import Frame, Passes
@@ -97,25 +97,25 @@ class RenderedView:
 
 
 @dataclass(slots=True, eq=False)
-class _Sum:
-    """Samples of one view so far: sums over samples, of the premultiplied picture and of the denoiser's guides."""
+class _Mean:
+    """The samples of one view so far: means of the premultiplied picture and of the denoiser's guides."""
 
     samples: int = 0
     layers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def add(self, layers: dict[str, NDArray[np.float32]], samples: int) -> None:
-        for name, layer in layers.items():
-            if self.samples == 0:
-                self.layers[name] = layer * samples
-            else:
-                self.layers[name] += layer * samples
+        """Take in the means over so many samples more."""
         self.samples += samples
-
-    def mean(self, name: str) -> NDArray[np.float32]:
-        return self.layers[name] / np.float32(self.samples)
+        share = np.float32(samples / self.samples)
+        for name, layer in layers.items():
+            # Most views take one step: nothing is copied then.
+            mean = self.layers.setdefault(name, layer)
+            if mean is not layer:
+                mean += (layer - mean) * share
 
     def layer(self) -> noise.Layer:
-        return noise.Layer(self.mean("colour"), self.mean("alpha"))
+        """Return the picture without its guides."""
+        return noise.Layer(self.layers["colour"], self.layers["alpha"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +158,7 @@ class Engine:
         device: "CPU" or "GPU".
 
     Attributes:
-        seconds: what was spent so far, by stage.
+        seconds: what was spent so far, by stage; complete after `close`.
     """
 
     def __init__(
@@ -186,11 +186,20 @@ class Engine:
         self._frame = Frame()
         self._views: list[_View] = []
         self._model = noise.Model(noise.WHITE_SPREAD if self._on_white else noise.OPAQUE_SPREAD)
+        self._call_s: list[float] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def close(self) -> None:
-        """Free the frame's memory."""
+        """Free the frame's memory, and finish the account of seconds.
+
+        What a call takes without samples is what the fastest of the tiny side views took; what the first took longer is
+        the scene's way to Cycles and its BVH. The rest of the calls is sampling.
+        """
         self._frame.close()
+        if len(self._call_s) > NUM_SIDES:
+            idle = min(self._call_s[:NUM_SIDES])
+            self.seconds["synchronization"] = idle * (len(self._call_s) - 1) + self._call_s[0]
+            self.seconds["sampling"] = sum(self._call_s) - self.seconds["synchronization"]
 
     def render_bare(self, cameras: Sequence[Camera]) -> NDArray[np.uint8]:
         """Render what needs no light, once before `render_views` of the same cameras: data planes, and coverage.
@@ -237,7 +246,7 @@ class Engine:
 
     def _render_view(self, view: _View, samples: int) -> tuple[noise.Layer, int, noise.Quality | None]:
         """Render one view, in steps until its noise is below the target, or with a fixed number of samples."""
-        spec, total, probes = self._spec, _Sum(), (_Sum(), _Sum())
+        spec, total, probes = self._spec, _Mean(), (_Mean(), _Mean())
         while True:
             self._extend(total, view, 0, samples)
             if self._on_white and spec.samples is None and samples > BARE_LAG * view.bare_samples:
@@ -251,13 +260,15 @@ class Engine:
                 return layer, samples, quality
             samples = noise.next_samples(samples, short, spec.max_samples)
 
-    def _judge(self, view: _View, layer: noise.Layer, total: _Sum, probes: tuple[_Sum, _Sum]) -> noise.Quality:
+    def _judge(self, view: _View, layer: noise.Layer, total: _Mean, probes: tuple[_Mean, _Mean]) -> noise.Quality:
         """Estimate a picture's quality: from the views so far where that will do, else from probes of its own."""
         spec, num_pixels = self._spec, view.camera.width * view.camera.height
         targets = self._targets_db
-        removed = noise.removed_noise(layer, total.mean("colour"), num_pixels)
+        before = time.perf_counter()
+        removed = noise.removed_noise(layer, total.layers["colour"], num_pixels)
+        self.seconds["estimate"] += time.perf_counter() - before
         expected = self._model.expect(total.samples, removed) if spec.denoise else None
-        if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 2) <= 0):
+        if expected is not None and not view.probed and (self._on_white or expected.shortfall_db(*targets, 1) <= 0):
             return expected
         # With the picture the probes grow too: the same unlucky ones would refuse it for ever.
         wanted = max(view.probe_samples, probes[0].samples, total.samples // 8)
@@ -274,35 +285,21 @@ class Engine:
                 return quality
             wanted *= 2
 
-    def _extend(self, total: _Sum, view: _View, which: int, samples: int) -> None:
+    def _extend(self, total: _Mean, view: _View, which: int, samples: int) -> None:
         """Render what a view's picture (0) or probe (1, 2) lacks to so many samples."""
         first = total.samples
         if samples > first:
             seed = self._cycles_seed(view.index, which)
-            passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE + first, samples - first)
-            total.add(self._layers(passes, view.bare[which] if self._on_white else None), samples - first)
+            bare = view.bare[which] if self._on_white else None
+            guided = bare is None and which == 0 and self._spec.denoise
+            passes = self._render(
+                view.camera, view.box, seed, FIRST_SAMPLE + first, samples - first, layers=guided
+            )  # fmt: skip
+            before = time.perf_counter()
+            total.add(_layers(passes, bare, guided), samples - first)
+            self.seconds["readback"] += time.perf_counter() - before
 
-    def _layers(self, passes: Passes, bare: _Bare | None) -> dict[str, NDArray[np.float32]]:
-        """Return the premultiplied picture that a render shows, its coverage, and the guides of the denoiser."""
-        before = time.perf_counter()
-        combined = passes.get("Combined", "RGBA")
-        # One value that is not finite would spread over the whole picture in the denoiser.
-        if not np.isfinite(combined).all():
-            combined = np.nan_to_num(combined, copy=False, nan=0.0, posinf=1e4, neginf=0.0)
-        alpha, colour = combined[..., 3:], combined[..., :3]
-        if bare is not None:
-            alpha = bare.alpha.astype(np.float32)
-            colour = colour - (1 - alpha)
-        out = {"colour": colour, "alpha": np.clip(alpha, 0, 1)}
-        if bare is not None and bare.albedo is not None and bare.normal is not None:
-            # Through glass Cycles' own guides are as noisy as the picture, and the denoiser would keep their grain.
-            out |= {"albedo": bare.albedo.astype(np.float32), "normal": bare.normal.astype(np.float32)}
-        elif bare is None and self._spec.denoise:
-            out |= {"albedo": passes.get("Denoising Albedo", "RGB"), "normal": passes.get("Denoising Normal", "XYZ")}
-        self.seconds["readback"] += time.perf_counter() - before
-        return out
-
-    def _denoised(self, total: _Sum) -> noise.Layer:
+    def _denoised(self, total: _Mean) -> noise.Layer:
         layer = total.layer()
         if not self._spec.denoise:
             return layer
@@ -310,11 +307,11 @@ class Engine:
         # Over black: over white, the share of white that noise leaves at an edge is great in sRGB where the object is
         # dark; 0.5 to 2 dB lay between them.
         colour = np.maximum(layer.colour, 0)
-        colour = self._denoiser.run(colour, total.mean("albedo"), total.mean("normal"))
+        colour = self._denoiser.run(colour, total.layers["albedo"], total.layers["normal"])
         self.seconds["denoise"] += time.perf_counter() - before
         return noise.Layer(np.where(layer.alpha > 0, colour, np.float32(0)), layer.alpha)
 
-    def _refine_bare(self, view: _View, total: _Sum, samples: int) -> None:
+    def _refine_bare(self, view: _View, total: _Mean, samples: int) -> None:
         """Render a see-through object's coverage anew with more samples, where its noise may be what is left."""
         with self._bare(film_transparent=False):
             self._set_filter(centre_only=False)
@@ -322,9 +319,9 @@ class Engine:
         view.bare[0], view.bare_samples = after, samples
         change = after.alpha.astype(np.float32) - before.alpha.astype(np.float32)
         # The picture on white stays what it is; less or more of it is the white behind.
-        total.layers["colour"] += change * total.samples
+        total.layers["colour"] += change
         for name in ("alpha", "albedo", "normal"):
-            total.layers[name] = np.asarray(getattr(after, name), np.float32) * total.samples
+            total.layers[name] = np.asarray(getattr(after, name), np.float32)
 
     def _render_side(self, camera: Camera) -> NDArray[np.uint8]:
         data = self._render_data(camera, (0, 0, camera.width, camera.height))
@@ -349,7 +346,7 @@ class Engine:
 
         One sample through the centre of each pixel: a mean over an edge would be the depth of no surface.
         """
-        passes = self._render(camera, box, 0, 0, 1)
+        passes = self._render(camera, box, 0, 0, 1, layers=True)
         combined, depth = passes.get("Combined", "RGBA"), passes.get("Depth", "Z")[..., 0]
         seen = combined[..., 3] > 0.5
         return {
@@ -369,7 +366,7 @@ class Engine:
     def _bare_of(self, view: _View, which: int, samples: int) -> _Bare:
         """Render the coverage and guides of a view's picture (0), or the coverage of a probe (1, 2)."""
         seed = self._cycles_seed(view.index, which)
-        passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples)
+        passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples, layers=which == 0)
         combined = passes.get("Combined", "RGBA").astype(np.float16)
         if which:
             return _Bare(combined[..., 3:], None, None)
@@ -400,8 +397,8 @@ class Engine:
         """Sample pixels at their centres, or filter them as pictures are."""
         self._scene.cycles.filter_width = CENTRE_FILTER_PX if centre_only else FILTER_PX
 
-    def _render(self, camera: Camera, box: Box, seed: int, first: int, samples: int) -> Passes:
-        """Render samples [first, first + samples) of a view's sequence, in a part of it."""
+    def _render(self, camera: Camera, box: Box, seed: int, first: int, samples: int, *, layers: bool = False) -> Passes:
+        """Render samples [first, first + samples) of a view's sequence, in a part of it; read all passes, or colour."""
         before = time.perf_counter()
         self._aim(camera, box)
         cycles = self._scene.cycles
@@ -411,9 +408,8 @@ class Engine:
         self._scene.update_tag(refresh={"TIME"})
         bpy.ops.render.render(write_still=False)
         rendered = time.perf_counter()
-        passes = self._frame.take(self._scene)
-        self.seconds["render"] += rendered - before
-        self.seconds["sampling"] += passes.seconds.get("render", 0.0)
+        passes = self._frame.take(self._scene, layers=layers)
+        self._call_s.append(rendered - before)
         self.seconds["readback"] += time.perf_counter() - rendered
         return passes
 
@@ -440,6 +436,25 @@ class Engine:
         render.border_max_x = (right + 0.25) / camera.width
         render.border_min_y = (camera.height - bottom + 0.25) / camera.height
         render.border_max_y = (camera.height - top + 0.25) / camera.height
+
+
+def _layers(passes: Passes, bare: _Bare | None, guided: bool) -> dict[str, NDArray[np.float32]]:
+    """Return the premultiplied picture that a render shows, its coverage, and the guides of the denoiser."""
+    combined = passes.get("Combined", "RGBA")
+    # One value that is not finite would spread over the whole picture in the denoiser; a sum finds it faster.
+    if not np.isfinite(combined.sum()):
+        combined = np.nan_to_num(combined, copy=False, nan=0.0, posinf=1e4, neginf=0.0)
+    alpha, colour = combined[..., 3:], combined[..., :3]
+    if bare is not None:
+        alpha = bare.alpha.astype(np.float32)
+        colour = colour - (1 - alpha)
+    out = {"colour": colour, "alpha": np.clip(alpha, 0, 1)}
+    if bare is not None and bare.albedo is not None and bare.normal is not None:
+        # Through glass Cycles' own guides are as noisy as the picture, and the denoiser would keep their grain.
+        out |= {"albedo": bare.albedo.astype(np.float32), "normal": bare.normal.astype(np.float32)}
+    elif guided:
+        out |= {"albedo": passes.get("Denoising Albedo", "RGB"), "normal": passes.get("Denoising Normal", "XYZ")}
+    return out
 
 
 def _even_box(box: Box, camera: Camera) -> Box:

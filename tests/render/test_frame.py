@@ -128,14 +128,3 @@ def test_tiles_deep_data_and_several_parts_are_refused(flags: int) -> None:
 def test_a_file_that_ends_early_is_refused(num_bytes: int) -> None:
     with pytest.raises(FrameError, match=r"EXR (that|whose header) ends early, after \d+ bytes"):
         Passes(exr(RGBA, numbered(2, 4, 3))[:num_bytes])
-
-
-def test_seconds_of_cycles_are_read_from_the_header() -> None:
-    told = {
-        "cycles.ViewLayer.render_time": b"00:03.25",
-        "cycles.ViewLayer.synchronization_time": b"1:02:03",
-        "cycles.ViewLayer.total_time": b"99:99.99",
-        "RenderTime": b"12:00.00",
-    }
-    assert Passes(exr(RGBA, numbered(1, 4, 1), **told)).seconds == {"render": 3.25, "synchronization": 3723.0}
-    assert Passes(exr(RGBA, numbered(1, 4, 1))).seconds == {}
