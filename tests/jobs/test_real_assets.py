@@ -22,7 +22,7 @@ from tests.conftest import SHARED
 from tests.mirror import Mirror
 from tests.render.conftest import BLENDER_5
 
-SMALL = RenderSpec(resolution_px=128, samples=2, denoise=False)  # thin tubes vanish in smaller pictures
+SMALL = RenderSpec(resolution_px=128, samples=6, denoise=False)  # thin tubes vanish in smaller or coarser pictures
 
 BROKEN = {
     "broken/IndexOutOfRange.gltf": "corrupt_file",

@@ -123,6 +123,14 @@ def test_a_hang_ends_at_the_deadline_with_all_that_it_started(fake: MakeWorker) 
     assert not any(alive(one) for one in family_seen)
 
 
+def test_a_child_that_falls_silent_is_not_waited_for_until_the_deadline(fake: MakeWorker) -> None:
+    started = time.monotonic()
+    error = attempt(fake(limits={"silence_s": 1.0}), "hang")
+    assert error.kind is FailureKind.RENDER_TIMEOUT
+    assert "silence_s" in error.message
+    assert time.monotonic() - started < 10
+
+
 def test_a_memory_bomb_is_stopped_at_the_cap(fake: MakeWorker) -> None:
     error = attempt(fake(limits={"memory_bytes": 2**28}), "bomb")
     assert error.kind is FailureKind.OUT_OF_MEMORY
