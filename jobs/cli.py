@@ -141,6 +141,8 @@ def publish(
     from pipeline.store import open_store
     from render import producer
 
+    if overrides and spec is None:
+        raise UserError(f"--set {overrides[0]!r} needs --spec: settings change a spec, and publish took none")
     store = open_store(corpus, must_exist=True)
     store.probe()
     loaded = None
@@ -152,7 +154,8 @@ def publish(
             chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer())))]
         except FileNotFoundError:
             raise UserError(
-                f"corpus {corpus}: spec {spec} has no plan here; run `make render SPEC={spec}` first"
+                f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was rendered "
+                f"with, or run `make render SPEC={spec}` first"
             ) from None
     published, new = version.publish(store, chosen, loaded)
     counts = published.counts

@@ -130,7 +130,10 @@ class RenderSpec(BaseModel):
     @model_validator(mode="after")
     def _frames_where_drawn(self) -> RenderSpec:
         if (self.pose == "frames") != bool(self.frames):
-            raise ValueError(f"pose {self.pose!r} with frames {list(self.frames)}: frames go with pose = 'frames' only")
+            raise ValueError(
+                f"pose {self.pose!r} with frames {list(self.frames)}: pose = 'frames' needs frames = [1, ...], the others "
+                "none"
+            )
         return self
 
 
@@ -363,6 +366,7 @@ def validate_config(model: type[M], data: Any, where: str) -> M:
             text = f"key {name!r} is missing"
         else:
             found = first.get("input")
-            text = f"{name} = {found!r}: {first['msg']}" if not isinstance(found, dict) else f"{name}: {first['msg']}"
+            said = first["msg"].removeprefix("Value error, ")
+            text = f"{name} = {found!r}: {said}" if not isinstance(found, dict) else f"{name}: {said}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise UserError(f"{where}: {text}{more}") from None

@@ -45,13 +45,13 @@ def thumbnails(
 def write_contact_sheet(
     reader: VersionReader, rows: Sequence[int], path: Path, num_views: int = 8, cell_px: int = CELL_PX
 ) -> None:
-    """Write a sheet with one object a line and `num_views` evenly chosen views of it, over light grey."""
+    """Write a sheet with one object a line and up to `num_views` evenly chosen views of it, over light grey."""
     cells: list[NDArray[np.uint8]] = []
-    for row in rows:
-        total = int(reader.rows["num_views"][row].as_py())
-        chosen = [i * total // num_views for i in range(num_views)]
-        cells += thumbnails(reader, row, chosen, cell_px)
-    write_png(path, contact_sheet(cells, num_views, background=236))
+    totals = [int(reader.rows["num_views"][row].as_py()) for row in rows]
+    columns = min(num_views, *totals)
+    for row, total in zip(rows, totals, strict=True):
+        cells += thumbnails(reader, row, [i * total // columns for i in range(columns)], cell_px)
+    write_png(path, contact_sheet(cells, columns, background=236))
 
 
 def write_cameras(cameras: Sequence[Camera], path: Path, title: str) -> None:

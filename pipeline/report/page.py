@@ -94,7 +94,7 @@ def _objects(reader: VersionReader, out_dir: Path) -> Section:
     )
     write_contact_sheet(reader, rows, out_dir / "contact_sheet.png")
     uids = ", ".join(reader.rows["uid"][row].as_py() for row in rows)
-    return Section(title="Objects", images=[("contact_sheet.png", f"one object a line, 8 of its views: {uids}")])
+    return Section(title="Objects", images=[("contact_sheet.png", f"one object a line, up to 8 of its views: {uids}")])
 
 
 def _cameras(reader: VersionReader, out_dir: Path) -> Section:
