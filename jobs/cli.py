@@ -154,8 +154,8 @@ def publish(
             chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer())))]
         except FileNotFoundError:
             raise UserError(
-                f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was rendered "
-                f"with, or run `make render SPEC={spec}` first"
+                f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was "
+                f"rendered with, or run `make render SPEC={spec}` first"
             ) from None
     published, new = version.publish(store, chosen, loaded)
     counts = published.counts

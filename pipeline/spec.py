@@ -131,8 +131,8 @@ class RenderSpec(BaseModel):
     def _frames_where_drawn(self) -> RenderSpec:
         if (self.pose == "frames") != bool(self.frames):
             raise ValueError(
-                f"pose {self.pose!r} with frames {list(self.frames)}: pose = 'frames' needs frames = [1, ...], the others "
-                "none"
+                f"pose {self.pose!r} with frames {list(self.frames)}: pose = 'frames' needs frames = [1, ...], "
+                "the others none"
             )
         return self
 

@@ -22,7 +22,7 @@ from tests.conftest import SHARED
 from tests.mirror import Mirror
 from tests.render.conftest import BLENDER_5
 
-SMALL = RenderSpec(resolution_px=128, samples=6, denoise=False)  # thin tubes vanish in smaller or coarser pictures
+SMALL = RenderSpec(resolution_px=160, samples=3, denoise=False)  # thin tubes vanish in smaller pictures
 
 BROKEN = {
     "broken/IndexOutOfRange.gltf": "corrupt_file",
