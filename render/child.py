@@ -118,7 +118,7 @@ def _render(request: dict[str, Any], fd: int, num_threads: int, device: str) -> 
     cameras = cameras_for(spec, request["seed"])
     try:
         sides = renderer.render_bare(cameras)
-        wire.send(fd, {"type": "sides", "shape": list(sides.shape)}, sides.data.cast("B"))
+        wire.send(fd, {"type": "sides"}, sides.data.cast("B"))
         # While a view is written, 4 MB through a pipe, the next one renders.
         with ThreadPoolExecutor(1, "send") as pool:
             sent: Future[None] | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import bpy
@@ -96,57 +95,6 @@ def _passes_light(node: Any) -> bool:
         return False
     alpha, transmission = node.inputs["Alpha"], node.inputs["Transmission Weight"]
     return bool(alpha.is_linked or alpha.default_value < 1 or transmission.is_linked or transmission.default_value > 0)
-
-
-@contextmanager
-def opacity_in_steps(materials: Iterable[Any], threshold: float) -> Iterator[None]:
-    """Make every alpha 1 where it exceeds the threshold and 0 elsewhere, for as long as the context is open.
-
-    What a film sees then is coverage: it no longer depends on how many layers lie behind each other, and so agrees
-    between views. Alphas stand in Principled shaders, and in mixes with a transparent shader.
-    """
-    undo: list[Callable[[], None]] = []
-    try:
-        for material in materials:
-            for node in [*reachable_nodes(material)]:
-                if node.type == "BSDF_PRINCIPLED":
-                    undo.append(_step(node.id_data, node.inputs["Alpha"], threshold))
-                elif node.type == "MIX_SHADER":
-                    first, second = (_comes_from_transparent(socket) for socket in node.inputs[1:3])
-                    if first != second:
-                        undo.append(_step(node.id_data, node.inputs["Fac"], threshold if first else 1 - threshold))
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()
-
-
-def _comes_from_transparent(socket: Any) -> bool:
-    return any(link.from_node.type == "BSDF_TRANSPARENT" for link in socket.links)
-
-
-def _step(tree: Any, socket: Any, threshold: float) -> Callable[[], None]:
-    """Replace a socket's value by whether it exceeds the threshold; return what restores it."""
-    if not socket.is_linked:
-        before = socket.default_value
-        socket.default_value = float(before > threshold)
-
-        def restore_value() -> None:
-            socket.default_value = before
-
-        return restore_value
-    source = socket.links[0].from_socket
-    step = tree.nodes.new("ShaderNodeMath")
-    step.operation = "GREATER_THAN"
-    step.inputs[1].default_value = threshold
-    tree.links.new(source, step.inputs[0])
-    tree.links.new(step.outputs[0], socket)
-
-    def restore_link() -> None:
-        tree.links.new(source, socket)
-        tree.nodes.remove(step)
-
-    return restore_link
 
 
 def _says_nothing(material: Any) -> bool:

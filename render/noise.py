@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.sample import linear_to_srgb
+
 Float32 = NDArray[np.float32]
 
 MIN_SAMPLES = 4
@@ -95,7 +97,7 @@ class Quality:
 
 def on_white(layer: Layer) -> Float32:
     """Return the picture as training composites it: straight sRGB times alpha plus white; [H, W, 3] in [0, 1]."""
-    return np.asarray(_srgb(_straight(layer)) * layer.alpha + (1 - layer.alpha), np.float32)
+    return np.asarray(linear_to_srgb(_straight(layer)) * layer.alpha + (1 - layer.alpha), np.float32)
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ def estimate(picture: Layer, probes: tuple[Layer, Layer], num_pixels: int) -> Qu
     """
     straight = _straight(picture)
     slope = _slope(picture, straight)
-    by_alpha = np.where(picture.alpha > 0, _srgb(straight) - 1 - slope * straight, np.float32(-1))
+    by_alpha = np.where(picture.alpha > 0, linear_to_srgb(straight) - 1 - slope * straight, np.float32(-1))
     # Differences to the probes, not the pictures themselves: what the tangent is taken at cancels.
     first, second = (
         np.asarray(slope * (picture.colour - probe.colour) + by_alpha * (picture.alpha - probe.alpha), np.float32)
@@ -209,13 +211,6 @@ def _mean(product: Float32, num_pixels: float, block: int) -> Error:
 
 def _straight(layer: Layer) -> Float32:
     return np.asarray(layer.colour / np.maximum(layer.alpha, 1e-6), np.float32)
-
-
-def _srgb(linear: Float32) -> Float32:
-    x = np.clip(linear, 0.0, 1.0)
-    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4, dtype=np.float32) - 0.055).astype(
-        np.float32
-    )
 
 
 def _slope(picture: Layer, straight: Float32) -> Float32:

@@ -37,7 +37,7 @@ SCENE: dict[str, Any] = {
 def sides(size: int = CANONICAL_PX) -> None:
     """Send the four sides of a grey box."""
     pixels = np.full((NUM_SIDES, size, size, 4), 128, np.uint8)
-    wire.send(args.result_fd, {"type": "sides", "shape": list(pixels.shape)}, pixels.data.cast("B"))
+    wire.send(args.result_fd, {"type": "sides"}, pixels.data.cast("B"))
 
 
 def view(index: int, size: int, value: float = 0.5, **header: Any) -> None:
