@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import bpy
+import cv2
 import numpy as np
 from mathutils import Matrix
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ from render.cameras import NEAR_PLANE, NUM_SIDES, border, canonical_cameras, dep
 from render.cycles import CENTRE_FILTER_PX, FILTER_PX, set_cycles, set_output
 from render.denoise import Denoiser
 from render.frame import render_passes
+from render.geometry import outer_points
 from render.lighting import show_white_behind
 from render.overrides import bare_surfaces
 
@@ -172,7 +174,7 @@ class Engine:
         denoiser: Denoiser,
         device: str = "CPU",
     ) -> None:
-        self._spec, self._seed, self._points, self._denoiser = spec, seed, points, denoiser
+        self._spec, self._seed, self._points, self._denoiser = spec, seed, outer_points(points), denoiser
         self._on_white = transparent and spec.see_through == "white"
         margin = noise.WHITE_MARGIN_DB if self._on_white else 0.0
         self._targets_db = spec.half_psnr_db + margin, spec.full_psnr_db + margin
@@ -237,9 +239,7 @@ class Engine:
             if quality is not None:
                 short = quality.shortfall_db(*self._targets_db, deviations=1)
                 samples = noise.first_samples(count, short, self._spec.max_samples)
-            rgba = np.empty((*layer.alpha.shape[:2], 4), np.float32)
-            rgba[..., 3:] = layer.alpha
-            rgba[..., :3] = np.maximum(layer.colour, 0)
+            rgba = np.asarray(cv2.merge([np.maximum(layer.colour, 0), layer.alpha]), np.float32)
             yield RenderedView(view.box, rgba, view.planes, count, quality)
 
     def _render_view(self, view: _View, samples: int) -> tuple[noise.Layer, int, noise.Quality | None]:
@@ -306,7 +306,8 @@ class Engine:
         colour = np.maximum(layer.colour, 0)
         colour = self._denoiser.run(colour, total.layers["albedo"], total.layers["normal"])
         self.seconds["denoise"] += time.perf_counter() - before
-        return noise.Layer(np.where(layer.alpha > 0, colour, np.float32(0)), layer.alpha)
+        seen = (layer.alpha > 0).view(np.uint8)
+        return noise.Layer(np.asarray(cv2.copyTo(colour, seen), np.float32), layer.alpha)
 
     def _refine_bare(self, view: _View, total: _Mean, samples: int) -> None:
         """Render a see-through object's coverage anew with more samples, where its noise may be what is left."""
@@ -314,11 +315,10 @@ class Engine:
             self._set_filter(centre_only=False)
             before, after = view.bare[0], self._bare_of(view, 0, samples)
         view.bare[0], view.bare_samples = after, samples
-        change = after.alpha.astype(np.float32) - before.alpha.astype(np.float32)
         # The picture on white stays what it is; less or more of it is the white behind.
-        total.layers["colour"] += change
+        total.layers["colour"] += _from_half(after.alpha) - _from_half(before.alpha)
         for name in ("alpha", "albedo", "normal"):
-            total.layers[name] = np.asarray(getattr(after, name), np.float32)
+            total.layers[name] = _from_half(getattr(after, name))
 
     def _render_side(self, camera: Camera) -> NDArray[np.uint8]:
         data = self._render_data(camera, (0, 0, camera.width, camera.height))
@@ -365,10 +365,10 @@ class Engine:
         seed = self._cycles_seed(view.index, which)
         names = ("Combined",) if which else ("Combined", "Normal")
         passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE, samples, names)
-        combined = passes["Combined"].astype(np.float16)
+        colour, alpha = _split(passes["Combined"])
         if which:
-            return _Bare(combined[..., 3:], None, None)
-        return _Bare(combined[..., 3:], combined[..., :3], passes["Normal"].astype(np.float16))
+            return _Bare(_to_half(alpha), None, None)
+        return _Bare(_to_half(alpha), _to_half(colour), _to_half(passes["Normal"]))
 
     @contextmanager
     def _bare(self, *, film_transparent: bool = True) -> Iterator[None]:
@@ -442,17 +442,34 @@ def _layers(passes: dict[str, NDArray[np.float32]], bare: _Bare | None, guided: 
     # One value that is not finite would spread over the whole picture in the denoiser; a sum finds it faster.
     if not np.isfinite(combined.sum()):
         combined = np.nan_to_num(combined, copy=False, nan=0.0, posinf=1e4, neginf=0.0)
-    alpha, colour = combined[..., 3:], combined[..., :3]
+    colour, alpha = _split(combined)
     if bare is not None:
-        alpha = bare.alpha.astype(np.float32)
-        colour = colour - (1 - alpha)
+        alpha = _from_half(bare.alpha)
+        colour -= cv2.merge([1 - alpha] * 3)
     out = {"colour": colour, "alpha": np.clip(alpha, 0, 1)}
     if bare is not None and bare.albedo is not None and bare.normal is not None:
         # Through glass Cycles' own guides are as noisy as the picture, and the denoiser would keep their grain.
-        out |= {"albedo": bare.albedo.astype(np.float32), "normal": bare.normal.astype(np.float32)}
+        out |= {"albedo": _from_half(bare.albedo), "normal": _from_half(bare.normal)}
     elif guided:
         out |= {"albedo": passes["Denoising Albedo"], "normal": passes["Denoising Normal"]}
     return out
+
+
+# OpenCV moves interleaved channels ten to forty times faster than NumPy's strided copies: several milliseconds a view.
+
+
+def _split(rgba: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return copies of colour [H, W, 3] and alpha [H, W, 1]."""
+    colour = np.asarray(cv2.cvtColor(rgba, cv2.COLOR_BGRA2BGR), np.float32)
+    return colour, np.asarray(cv2.extractChannel(rgba, 3), np.float32)[..., None]
+
+
+def _to_half(x: NDArray[np.float32]) -> NDArray[np.float16]:
+    return np.asarray(cv2.convertFp16(x)).view(np.float16).reshape(x.shape)
+
+
+def _from_half(x: NDArray[np.float16]) -> NDArray[np.float32]:
+    return np.asarray(cv2.convertFp16(x.view(np.int16)), np.float32).reshape(x.shape)
 
 
 def _even_box(box: Box, camera: Camera) -> Box:
