@@ -31,6 +31,7 @@ from pipeline.types import UserError
 
 MAX_RETRIES = 8
 RETRY_TIMEOUT_S = 60.0
+FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 120.0
@@ -61,7 +62,7 @@ def open_backend(url: str) -> Any:
         "max_retries": MAX_RETRIES,
         "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S),
         "backoff": {
-            "init_backoff": timedelta(seconds=0.1),
+            "init_backoff": timedelta(seconds=FIRST_BACKOFF_S),
             "max_backoff": timedelta(seconds=MAX_BACKOFF_S),
             "base": 2,
         },
