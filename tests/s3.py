@@ -97,8 +97,9 @@ def _server(folder: Path) -> Iterator[dict[str, str]]:
                 os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             for port in ports.values():
-                for path in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
-                    path.unlink(missing_ok=True)
+                for number in (port, port + 10000):
+                    for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                        path.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:
