@@ -156,8 +156,8 @@ def from_parquet(data: bytes, plan_set_id: str, where: str) -> PlanSet:
         stored = table.schema.metadata or {}
         metadata = {name: stored.get(name.encode(), b"").decode() for name in ("schema", "name", "fingerprint", "spec")}
         check_schema(metadata["schema"], where, f"plan {plan_set_id}")
-        for row in table.select(_COLUMNS.names).to_pylist():
-            index = row.pop("shard")
+        for row in table.select(_COLUMNS.names).cast(_COLUMNS).to_pylist():
+            index = int(row.pop("shard"))
             ids[index] = row.pop("plan_id")
             shards.setdefault(index, []).append(Asset(**row))
     except UserError:

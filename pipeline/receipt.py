@@ -25,7 +25,7 @@ from pipeline.sample import asset_row
 from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
 from pipeline.spec import canonical_json
 from pipeline.store import Outcome, Store
-from pipeline.types import Failure, Sample
+from pipeline.types import Failure, Sample, UserError
 
 ROWS = pa.schema(
     [
@@ -185,8 +185,11 @@ def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
             and rows["status"].to_pylist().count("sample") == int(metadata["samples"])
         )
         num_bytes = int(metadata["shard_bytes"])
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {error}") from None
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        text = str(error).split("\n", 1)[0]
+        raise DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {text}") from None
     if not consistent:
         raise DamagedDataError(f"corpus {where}: receipt {plan_id} contradicts itself")
     return Receipt(
@@ -213,11 +216,16 @@ def member_index(row: Mapping[str, Any]) -> MemberIndex:
             lengths=tuple(row["lengths"]),
             crc32s=tuple(row["crc32s"]),
         )
-    except (TypeError, KeyError) as error:
+    except DamagedDataError as error:
+        raise DamagedDataError(f"row of {row.get('uid')!r}: {error}") from None
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise DamagedDataError(f"row of {row.get('uid')!r} has no usable member index: {error}") from None
 
 
 def quality_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quality record of a row; empty for a failure."""
-    value = json.loads(row["quality"]) if row["quality"] else {}
+    try:
+        value = json.loads(row["quality"]) if row["quality"] else {}
+    except (ValueError, RecursionError) as error:
+        raise DamagedDataError(f"row of {row.get('uid')!r}: its quality record is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}

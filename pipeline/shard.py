@@ -28,7 +28,7 @@ from pipeline.sample import MAX_VIEWS, SampleError, decode_rgba, parse_sample_js
 from pipeline.types import Sample
 
 MODE = 0o644
-BLOCK = tarfile.BLOCKSIZE
+BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 
 class DamagedDataError(ValueError):
@@ -129,9 +129,7 @@ def write_shard(samples: Iterable[Sample], path: Path) -> Shard:
 def _write_sample(tar: tarfile.TarFile, sample: Sample) -> MemberIndex:
     offset, lengths, crc32s = tar.offset + BLOCK, [], []  # type: ignore[attr-defined]
     for name, data in sample_members(sample):
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, MODE
-        tar.addfile(info, io.BytesIO(data))
+        tar.addfile(_member(name, len(data)), io.BytesIO(data))
         lengths.append(len(data))
         crc32s.append(zlib.crc32(data))
     first = sample.views[0].planes
@@ -146,53 +144,75 @@ def _write_sample(tar: tarfile.TarFile, sample: Sample) -> MemberIndex:
 
 
 def verify_shard(path: Path, index: dict[str, MemberIndex], *, decode: bool = False) -> None:
-    """Read a tar again and check it against its index: names, order, metadata, lengths, digests.
+    """Read a tar again and check every byte of it against its index and the canonical form; `decode` looks at pixels.
+
+    Headers are compared with those that `write_shard` would make, not parsed: a header can claim gigabytes, and a
+    parser of tars believes it.
 
     Raises:
         DamagedDataError: naming the shard and the sample.
     """
-    expected = [(key, i, start, entry) for key, entry in index.items() for i, start in enumerate(entry.offsets)]
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for key, i, start, entry in expected:
-                member = tar.next()
-                if member is None:
-                    raise DamagedDataError(f"{path.name}: sample {key} has {i} of {len(entry.lengths)} members")
-                _check_member(tar, member, path.name, key, i, start, entry, decode)
-            if (extra := tar.next()) is not None:
-                raise DamagedDataError(f"{path.name}: member {extra.name!r} is not in the index")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DamagedDataError(f"{path.name}: not a readable tar: {error}") from None
+        with path.open("rb", buffering=2**20) as file:
+            for key, entry in index.items():
+                for i, start in enumerate(entry.offsets):
+                    _check_member(file, path.name, key, i, start, entry, decode)
+            end = file.tell()
+            rest = file.read(RECORD + 2 * BLOCK)
+    except OSError as error:
+        raise DamagedDataError(f"{path.name}: not readable: {error}") from None
+    if rest[:BLOCK].strip(b"\0"):
+        raise DamagedDataError(f"{path.name}: member {_name_in(rest)!r} is not in the index")
+    if rest != bytes(-(end + 2 * BLOCK) % RECORD + 2 * BLOCK):
+        raise DamagedDataError(
+            f"{path.name}: its end is not that of a whole tar: {len(rest)} bytes after the last member"
+        )
 
 
-def _check_member(
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    shard: str,
-    key: str,
-    i: int,
-    start: int,
-    entry: MemberIndex,
-    decode: bool,
-) -> None:
-    name = member_name(key, i, entry)
-    if member.name != name or not member.isreg() or (member.mtime, member.uid, member.gid) != (0, 0, 0):
-        raise DamagedDataError(f"{shard}: sample {key}: found member {member.name!r}, expected {name!r}")
-    file = tar.extractfile(member)
-    data = file.read() if file else b""
-    if member.offset_data != start or len(data) != entry.lengths[i] or zlib.crc32(data) != entry.crc32s[i]:
+def _check_member(file: IO[bytes], shard: str, key: str, i: int, start: int, entry: MemberIndex, decode: bool) -> None:
+    name, length = member_name(key, i, entry), entry.lengths[i]
+    header = file.read(BLOCK)
+    if not header.strip(b"\0"):
+        raise DamagedDataError(f"{shard}: sample {key} has {i} of {len(entry.lengths)} members")
+    if header != _header(name, length):
+        raise DamagedDataError(
+            f"{shard}: sample {key}: found member {_name_in(header)!r}, expected {name!r} as written"
+        )
+    here = file.tell()
+    data = file.read(length)
+    if here != start or len(data) != length or zlib.crc32(data) != entry.crc32s[i]:
         raise DamagedDataError(f"{shard}: sample {key}: {name} differs from its index in place, length or crc32")
+    if file.read(-length % BLOCK) != bytes(-length % BLOCK):
+        raise DamagedDataError(f"{shard}: sample {key}: {name} is not padded with zeros")
     try:
         if i == 0:
-            header = parse_sample_json(data)
-            if header.key != key or len(header.cameras) != entry.num_views:
+            parsed = parse_sample_json(data)
+            if parsed.key != key or len(parsed.cameras) != entry.num_views:
                 raise DamagedDataError(
-                    f"{shard}: sample {key}: its JSON says {header.key}, {len(header.cameras)} views"
+                    f"{shard}: sample {key}: its JSON says {parsed.key}, {len(parsed.cameras)} views"
                 )
         elif decode and entry.planes[(i - 1) % len(entry.planes)] == "rgba":
             decode_rgba(data)
     except SampleError as error:
         raise DamagedDataError(f"{shard}: sample {key}: {name}: {error}") from None
+
+
+def _member(name: str, length: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = length, 0, MODE
+    return info
+
+
+def _header(name: str, length: int) -> bytes:
+    """Return the one header of a member of this name and length."""
+    try:
+        return _member(name, length).tobuf(tarfile.USTAR_FORMAT)
+    except ValueError as error:
+        raise DamagedDataError(f"member {name!r} of {length} bytes has no place in a tar: {error}") from None
+
+
+def _name_in(header: bytes) -> str:
+    return header[:100].split(b"\0")[0].decode("utf-8", "replace")
 
 
 def member_name(key: str, position: int, entry: MemberIndex) -> str:
