@@ -14,6 +14,8 @@ ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
 SET    ?=
+TIME_S ?= 600
+SEED   ?=
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -24,7 +26,7 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render calibrate bench-render publish status report train test test-crash lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +69,9 @@ train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=lat
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
 	$(BIN)/python -m pytest $(TESTS)
+
+test-crash: $(VENV)/.ready ## kill and fail at random for TIME_S seconds, hold the corpora to an oracle [TIME_S=600 SEED=1]
+	@$(BIN)/python -m tests.crash.storm --time-s '$(TIME_S)' $(if $(SEED),--seed '$(SEED)')
 
 lint: $(VENV)/.ready ## ruff, mypy, and the layer contracts
 	$(BIN)/ruff check .
