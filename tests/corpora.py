@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -21,12 +22,18 @@ def freeze(store: Store, count: int = 5, fingerprint: str = "f") -> PlanSet:
     return plans.freeze(store, SPEC, fingerprint, lambda: [make_asset(f"ball-{i}") for i in range(count)])
 
 
+@functools.lru_cache(maxsize=256)
+def ball(uid: str, fingerprint: str) -> Sample:
+    """Return the small sample of a ball, made once a process."""
+    return make_sample(uid, fingerprint=fingerprint, num_views=2, size_px=16)
+
+
 def results_of(shard: ShardPlan) -> dict[str, Sample | Failure]:
     """Make every ball of a shard; those whose number ends in 1 fail."""
     return {
         asset.uid: Failure(uid=asset.uid, kind=FailureKind.EMPTY_SCENE, message="no mesh")
         if asset.uid.endswith("1")
-        else make_sample(asset.uid, fingerprint=shard.fingerprint, num_views=2, size_px=16)
+        else ball(asset.uid, shard.fingerprint)
         for asset in shard.assets
     }
 

@@ -3,7 +3,7 @@
     PYTHONPATH=. python -m tests.crash.storm --time-s 600 --seed 1
 
 runs storm after storm, each with a corpus and a seed of its own: four writers without Ray on a folder, and on S3 behind
-a proxy that lies; then the real job on Ray with its workers and its driver killed. After each the oracle holds the
+a proxy that lies; histories against a model; then the real job on Ray, workers and driver killed. After each the oracle holds the
 corpus to this: each planned object is there once, as a sample or a failure; no record that was ever seen has changed or
 gone; the version is the one of an undisturbed run; nothing half-made and no process is left. It prints one JSON line,
 and ends with status 1 at the first violation, naming the seed of that storm.
@@ -31,6 +31,7 @@ import psutil
 from pipeline import receipt, version
 from pipeline.store import Store, StoreError, open_store
 from pipeline.types import UserError
+from tests.crash.history import run_history
 from tests.crash.work import check_whole, run, start, wait_until, work
 from tests.proxy import Fault, Proxy, Request, Rule, fault_proxy
 from tests.s3 import BUCKET, s3_server
@@ -201,17 +202,18 @@ def ray_storm(folder: Path, seconds: float, seed: int) -> dict[str, int]:
             return subprocess.Popen([sys.executable, "-c", DRIVER, url], cwd=ROOT, env=environment, stderr=log)
 
     driver = drive()
-    until = 0.0  # known once Ray is up
+    until, since = 0.0, 0  # known once Ray is up; looks since this driver's workers are there
     while (not until or time.monotonic() < until) and driver.poll() is None:
         time.sleep(rng.uniform(0.1, 0.6))
         below = family_of(driver.pid)
         tree |= {one.pid for one in below}
         workers = [one for one in below if name_of(one).startswith(WORKERS)]
-        if rng.random() < 0.15 and told["workers"] > 1:
+        since = since + 1 if workers else 0
+        if since > 3 and rng.random() < 0.15:
             driver.kill()
             driver.wait()
             told["drivers"] += 1
-            driver = drive()
+            driver, since = drive(), 0
         elif workers:
             until = until or time.monotonic() + seconds
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -276,8 +278,9 @@ def main() -> int:
         seed = args.seed
         while time.monotonic() < until:
             seed += 1
-            kind = ("folder", "s3", "ray")[seed % 3]
+            kind = ("folder", "s3", "history", "ray")[(seed - args.seed - 1) % 4]
             begun = time.monotonic()
+            happened: dict[str, int]
             try:
                 if kind == "folder":
                     happened = storm(str(folder / f"c{seed}"), 5.0, seed, digest)
@@ -286,11 +289,14 @@ def main() -> int:
                         weather(proxy, seed)
                         happened = storm(f"s3://{BUCKET}/c{seed}", 8.0, seed, digest, server)
                         happened["faults"] = sum(rule.hits for rule in proxy.rules)
+                elif kind == "history":
+                    run_history(examples=30, steps=40, seed=seed)
+                    happened = {"histories": 30}
                 else:
                     (folder / f"r{seed}").mkdir()
                     happened = ray_storm(folder / f"r{seed}", 20.0, seed)
             except AssertionError as error:
-                print(f"VIOLATION on {kind} with --seed {seed - 1}: {error}", file=sys.stderr)
+                print(f"VIOLATION on {kind} of seed {seed}: {error}", file=sys.stderr)
                 return 1
             rounds[kind] += 1
             told.update(happened)
