@@ -3,10 +3,10 @@
     PYTHONPATH=. python -m tests.crash.storm --time-s 600 --seed 1
 
 runs storm after storm, each with a corpus and a seed of its own: four writers without Ray on a folder, and on S3 behind
-a proxy that lies; histories against a model; then the real job on Ray, workers and driver killed. After each the oracle holds the
-corpus to this: each planned object is there once, as a sample or a failure; no record that was ever seen has changed or
-gone; the version is the one of an undisturbed run; nothing half-made and no process is left. It prints one JSON line,
-and ends with status 1 at the first violation, naming the seed of that storm.
+a proxy that lies; histories against a model; then the real job on Ray, workers and driver killed. After each the oracle
+holds the corpus to this: each planned object is there once, as a sample or a failure; no record that was ever seen has
+changed or gone; the version is the one of an undisturbed run; nothing half-made and no process is left. It prints one
+JSON line, and ends with status 1 at the first violation, naming the seed of that storm.
 """
 
 from __future__ import annotations
