@@ -29,7 +29,7 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_writers_that_are_killed_at_random_leave_what_an_undisturbed_run_leaves(tmp_path: Path, digest: str) -> None:
-    told = storm(str(tmp_path / "c"), 5.0, 1, digest)
+    told = storm(str(tmp_path / "c"), 4.0, 1, digest)
     assert told["killed"] >= 5
 
 
@@ -37,13 +37,13 @@ def test_writers_that_are_killed_over_a_store_that_fails_at_random(s3_url: str, 
     server = os.environ["AWS_ENDPOINT_URL"]
     with fault_proxy(server) as proxy, endpoint(proxy.url):
         weather(proxy, 2)
-        told = storm(f"{s3_url}/storm", 6.0, 2, digest, server)
+        told = storm(f"{s3_url}/storm", 5.0, 2, digest, server)
         assert sum(rule.hits for rule in proxy.rules) >= 5
     assert told["killed"] >= 3
 
 
 def test_workers_and_driver_of_the_job_killed_at_random(tmp_path: Path) -> None:
-    told = ray_storm(tmp_path, 8.0, 3)
+    told = ray_storm(tmp_path, 5.0, 3)
     assert told.get("workers", 0) >= 2
 
 

@@ -37,6 +37,8 @@ THINGS = ("plan", "shard", "receipt", "manifest", "version", "list")
 POINTS = ("tar:mid", *(f"{thing}:{when}" for thing in THINGS for when in ("before", "mid", "after")))
 _CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.crash.work"])
+for _number in range(12):  # made once where processes are forked from: they are about writing, not about making
+    corpora.ball(f"ball-{_number}", "f")
 
 
 def thing_of(key: str) -> str:
