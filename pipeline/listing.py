@@ -20,7 +20,15 @@ _STATED = ("license", "attribution", "uri")
 def object_keys(table: pa.Table) -> Any:
     """Return one text a row that tells objects apart: source and uid."""
     columns = [table[name].combine_chunks().cast(pa.large_string()) for name in ("source", "uid")]
-    return pc.binary_join_element_wise(*columns, "\x1f")
+    return pc.binary_join_element_wise(*columns, pa.scalar("\x1f", pa.large_string()))
+
+
+def last_of_each(table: pa.Table) -> pa.Table:
+    """Return the last row of each object: of one that was planned again, the bytes that were planned last."""
+    codes = np.asarray(object_keys(table).dictionary_encode().indices.to_numpy(), np.int64)
+    last = np.zeros(codes.max(initial=-1) + 1, np.int64)
+    last[codes] = np.arange(len(codes))  # of several the last one counts
+    return table.take(pa.array(np.sort(last)))
 
 
 def same_bytes(theirs: Any, their_bytes: Any, ours: Any, our_bytes: Any) -> NDArray[np.bool_]:

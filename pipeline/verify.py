@@ -185,3 +185,13 @@ def _decode(part: bytes, header: SampleHeader, entry: MemberIndex, position: int
         raise SampleError(
             f"view {view}: {name} is {shape[1]} x {shape[0]} px, its camera {camera.width} x {camera.height}"
         )
+
+
+def as_json(found: Checked) -> dict[str, Any]:
+    """Return what was checked as a JSON object."""
+    return {
+        "shards": found.shards,
+        "digested": found.digested,
+        "decoded_samples": found.decoded_samples,
+        "problems": list(found.problems),
+    }

@@ -14,6 +14,7 @@ Numbers are dense, so the newest is found by probing 1, 2, 4, ... and bisecting:
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -28,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import SCHEMA, manifest, plan, verify
-from pipeline.listing import Listing
+from pipeline.listing import Listing, last_of_each
 from pipeline.plan import PlanSet, check_schema
 from pipeline.quality import Refusal
 from pipeline.shard import shard_key
@@ -158,6 +159,42 @@ def plan_sets(store: Store) -> list[PlanSet]:
     """Read every frozen plan of a corpus, by name. For writers and tools."""
     keys = sorted(item.key for item in store.list("plans/") if item.key.endswith(".parquet"))
     return [plan.load(store, key.removeprefix("plans/").removesuffix(".parquet")) for key in keys]
+
+
+def plans_of(
+    plan_sets: Sequence[PlanSet], spec: DatasetSpec, fingerprint: str
+) -> tuple[list[PlanSet], pa.Table | None]:
+    """Return the plan sets to publish a spec from, and the objects that it planned: its base, and deltas of its name.
+
+    Rows come from every plan of the fingerprint, as a delta refers to what others made. Both are empty if there is no
+    plan of the spec.
+    """
+    mine = [p for p in plan_sets if p.fingerprint == fingerprint]
+    base = spec.plan_set_id(fingerprint)
+    deltas = [p for p in mine if p.kind == "delta" and p.name == spec.name]
+    own = [p for p in mine if p.id == base] + deltas
+    if not own:
+        return [], None
+    if not deltas:
+        return [p for p in mine if p.id == base or p.kind == "compact"], own[0].table
+    own.sort(key=lambda p: p.number)
+    return mine, last_of_each(pa.concat_tables([p.table for p in own]))
+
+
+def verify_version(store: Store, number: int | None = None, *, deep: bool = False) -> verify.Checked:
+    """Check all that a version names: its manifest, its list, its shards.
+
+    Raises:
+        UserError: if the version or its manifest cannot be read.
+    """
+    version = open_version(store, number)
+    rows = open_rows(store, version)
+    found = verify.examine(store, rows, deep=deep)
+    named = sorted(pc.unique(rows["shard_sha256"].drop_null()).to_pylist())
+    if sorted(shards_of(store, version.number)) == named:
+        return found
+    problem = f"{list_key(version.number)} does not list the version's shards"
+    return dataclasses.replace(found, problems=(*found.problems, problem))
 
 
 def publish(
