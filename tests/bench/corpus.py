@@ -3,7 +3,8 @@
     python -m tests.bench.corpus [--objects 1000000] [--folder DIR]
 
 Receipts are made up, 64 objects each with quality records of 32 views as Blender renders give them (4 KB), each shard a
-file of 64 bytes. Then every step runs in a process of its own, whose time and peak memory (its children's added) count:
+file of 64 bytes. Then every step runs in a process of its own, whose time and peak memory (children's
+added) count; its processor time is told too, for machines that do other work besides:
 
     plan      deal listed assets and freeze the plan
     merge     read every receipt, judge every record, merge to one table
@@ -20,6 +21,7 @@ its receipt, against the same bytes through SHA-256 and one write, alternating. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -254,18 +257,29 @@ def step(name: str, corpus: str, count: int) -> dict[str, Any]:
 
 
 def run_step(name: str, corpus: str, count: int) -> dict[str, Any]:
-    """Run one step in a process of its own; add the most memory that it and its children held."""
+    """Run one step in a process of its own; add the most memory that it and its children held at a time."""
     command = [sys.executable, "-m", "tests.bench.corpus", "--step", name, "--folder", corpus, "--objects", str(count)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peak, top = 0, psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                tree = [top, *top.children(recursive=True)]
+                peak = max(peak, sum(one.memory_info().rss for one in tree))
+            time.sleep(0.1)
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert process.returncode == 0, f"step {name} failed"
+    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    found["peak_rss_bytes"] = max(peak, found["peak_rss_bytes"])
     print(name, json.dumps(found), file=sys.stderr, flush=True)
     return found
 
 
-def peak_bytes() -> int:
-    """Return the most memory that this process held, and as much for each core as its largest child."""
-    own, child = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own + child * (min(MAX_WORKERS, os.cpu_count() or 1) if child else 0)
+def costs() -> dict[str, float]:
+    """Return the most memory that this process held, and its processor time, children included."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = sum(use.ru_utime + use.ru_stime for use in (own, children))
+    return {"peak_rss_bytes": own.ru_maxrss * 1024, "cpu_seconds": round(seconds, 2)}
 
 
 def assemble(folder: Path, rounds: int = 5, objects: int = 32) -> dict[str, float]:
@@ -333,7 +347,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.step:
         found = step(options.step, options.folder, options.objects)
-        print(json.dumps(found | {"peak_rss_bytes": peak_bytes()}))
+        print(json.dumps(found | costs()))
         return
     folder = Path(options.folder or tempfile.mkdtemp(prefix="lrm-bench-corpus-"))
     try:
@@ -347,6 +361,7 @@ def main() -> None:
             out |= {
                 "peak_rss_bytes": max(found[name]["peak_rss_bytes"] for name in measured),
                 "peak_rss_bytes_by_step": {name: found[name]["peak_rss_bytes"] for name in measured},
+                "cpu_s_by_step": {name: found[name]["cpu_seconds"] for name in measured},
                 "manifest_bytes": found["publish"]["manifest_bytes"],
                 "shards": found["status"]["shards"],
                 "changed": found["diff"]["changed"],
