@@ -33,16 +33,25 @@ from pipeline import manifest, version
 from pipeline import plan as plans
 from pipeline.plan import ShardPlan
 from pipeline.receipt import commit_rows, load, member_index, tally
-from pipeline.shard import BLOCK, DamagedDataError, MemberIndex, Shard, check_part, member_name, shard_key, verify_shard
+from pipeline.shard import (
+    BLOCK,
+    RECORD,
+    DamagedDataError,
+    MemberIndex,
+    Shard,
+    check_part,
+    end_of_archive,
+    member_name,
+    shard_key,
+    stretch,
+    verify_shard,
+)
 from pipeline.spec import digest_json
 from pipeline.store import Store
 from pipeline.types import Asset
 from pipeline.version import Version
 
 DEFAULT_DEAD_SHARE = 0.5
-_RECORD = 20 * BLOCK
-"""Tars end at a multiple of this."""
-
 _PLACE = ("shard_sha256", "shard_bytes", "offset")
 Place = tuple[str, int, int]
 """Where a sample lies: `_PLACE`."""
@@ -80,7 +89,7 @@ def sparse_shards(rows: pa.Table, dead_share: float) -> dict[str, int]:
     return {
         group["shard_sha256"]: group["shard_bytes"]
         for group in sorted(found, key=lambda group: str(group["shard_sha256"]))
-        if 1 - group["used_sum"] / max(1, group["shard_bytes"] - _RECORD) > dead_share
+        if 1 - group["used_sum"] / max(1, group["shard_bytes"] - RECORD) > dead_share
     }
 
 
@@ -209,8 +218,7 @@ def copy_samples(store: Store, rows: Sequence[Mapping[str, Any]], path: Path) ->
     with path.open("xb") as file:
         for row in rows:
             entry = member_index(row)
-            start = entry.offset - BLOCK
-            end = entry.offsets[-1] + -(-entry.lengths[-1] // BLOCK) * BLOCK
+            start, end = stretch(entry)
             (data,) = store.get_ranges(shard_key(row["shard_sha256"]), [start], [end - start])
             for i, (at, length, crc32) in enumerate(zip(entry.offsets, entry.lengths, entry.crc32s)):
                 part = data[at - start : at - start + length]
@@ -219,7 +227,7 @@ def copy_samples(store: Store, rows: Sequence[Mapping[str, Any]], path: Path) ->
             file.write(data)
             digest.update(data)
             count += len(data)
-        end_blocks = b"\0" * (-(-(count + 2 * BLOCK) // _RECORD) * _RECORD - count)
+        end_blocks = end_of_archive(count)
         file.write(end_blocks)
         digest.update(end_blocks)
     return Shard(path=path, sha256=digest.hexdigest(), num_bytes=count + len(end_blocks), index=index)
