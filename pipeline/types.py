@@ -72,6 +72,14 @@ class FailureKind(StrEnum):
     NO_MODEL = "no_model"
     CORRUPT_MODEL = "corrupt_model"
     NO_MASK = "no_mask"
+    BAD_MASK = "bad_mask"  # empty, everything, in pieces, or jumping from frame to frame
+    MASK_DISAGREES = "mask_disagrees"  # the masks and the model's points are of different things
+    BAD_CAMERA = "bad_camera"  # absurd intrinsics, or frames whose size is not the camera's
+    TOO_FEW_FRAMES = "too_few_frames"
+    CUT_OFF = "cut_off"  # these three: refused by a rule on captures (`[admission]`), which the message names
+    NARROW_SWEEP = "narrow_sweep"
+    POOR_MODEL = "poor_model"
+    EXCLUDED = "excluded"  # on a list of the user's
     INTERNAL = "internal"
 
     @property
