@@ -99,6 +99,10 @@ class Rebuild:
         return run(self.spec, self.store, freeze, produce, show_progress, is_frozen=False)
 
 
+def _views_of(spec: DatasetSpec) -> int | None:
+    return spec.capture.num_views if spec.is_captured else spec.render.num_views
+
+
 def _open(corpus: str) -> Store:
     store = open_store(corpus)
     store.probe()
@@ -128,7 +132,7 @@ def make_dataset(
     """
     job = Rebuild(spec, _open(corpus))
     found = job.look()
-    say(rebuild.as_text(found.counts, spec.render.num_views))
+    say(rebuild.as_text(found.counts, _views_of(spec)))
     if dry_run:
         return Rebuilt(found=found, summary=None, version=None)
     summary = None
@@ -160,7 +164,7 @@ def plan_delta(spec: DatasetSpec, corpus: str, say: Say) -> PlanSet | None:
     """Freeze what `make_dataset` would, and make nothing: for an array of jobs that share the shards out."""
     job = Rebuild(spec, _open(corpus))
     found = job.look()
-    say(rebuild.as_text(found.counts, spec.render.num_views))
+    say(rebuild.as_text(found.counts, _views_of(spec)))
     return job.freeze(found)
 
 

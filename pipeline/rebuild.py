@@ -59,6 +59,11 @@ _RULES: Mapping[FailureKind, tuple[tuple[str, int], ...]] = {
     FailureKind.SINGLE_COLOUR: (("admit_single_colour", 1),),
     FailureKind.UNTEXTURED: (("admit_untextured", 1),),
     FailureKind.TRANSPARENT: (("admit_transparent", 1),),
+    FailureKind.TOO_FEW_FRAMES: (("min_frames", -1),),
+    FailureKind.NARROW_SWEEP: (("min_sweep_deg", -1),),
+    FailureKind.POOR_MODEL: (("min_registered_share", -1), ("max_reprojection_px", 1)),
+    FailureKind.MASK_DISAGREES: (("min_mask_agreement", -1),),
+    FailureKind.CUT_OFF: (("max_cut_off", 1),),
 }
 
 
@@ -259,13 +264,14 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def as_text(counts: Mapping[str, int], num_views: int) -> str:
-    """Tell in one line what a rebuild will do, before it does."""
+def as_text(counts: Mapping[str, int], num_views: int | None) -> str:
+    """Tell in one line what a rebuild will do, before it does; `num_views` of an object, where the spec says."""
     todo = {name: counts[name] for name in ("new", "changed", "retried", "relaxed", "open") if counts[name]}
     kept = ", ".join(f"{counts[name]} {name}" for name in ("held", "failed", "withdrawn") if counts[name])
     total = sum(todo.values())
     parts = ", ".join(f"{count} {name}" for name, count in todo.items())
-    work = f"to make {total} object(s), {total * num_views} views ({parts})" if total else "nothing to make"
+    views = f", {total * num_views} views" if num_views else ""
+    work = f"to make {total} object(s){views} ({parts})" if total else "nothing to make"
     return f"{counts['listed']} listed: {work}; {kept or 'none held'}"
 
 
