@@ -1,7 +1,8 @@
 """The dataset spec: every knob, read from TOML, split into what changes pixels and what does not.
 
-`[render]` is the pixel part. Its digest, with the producer's version, is the fingerprint that samples carry: two
-samples with one fingerprint and one asset are the same picture. Everything else may change without a new render.
+`[render]` is the pixel part, or `[capture]` where the source is photos. Its digest, with the producer's version, is the
+fingerprint that samples carry: two samples with one fingerprint and one asset are the same picture. Everything else may
+change without a new render.
 """
 
 from __future__ import annotations
@@ -62,7 +63,40 @@ class ObjaverseSource(BaseModel):
     )
 
 
-Source = Annotated[ProceduralSource | DirectorySource | ObjaverseSource, Field(discriminator="kind")]
+class MvimgnetSource(BaseModel):
+    """MVImgNet 1.0 or 2.0: its zips as they were downloaded, or extracted; on disk or on object storage."""
+
+    model_config = Strict
+    kind: Literal["mvimgnet"] = "mvimgnet"
+    path: str = Field(description="folder or s3://, gs://, az:// URL of the zips, or of the tree <class>/<instance>/")
+    masks: str | None = Field(
+        None, description="folder or URL of the masks of 1.0, zips or tree; 2.0 has its masks beside its images"
+    )
+    classes: tuple[int, ...] = Field((), description="class labels to take; empty takes all")
+    exclude_file: str | None = Field(
+        None,
+        description="text file of captures to leave out, one <class>/<instance> or <class>/<instance>-<model> a line",
+    )
+    max_captures: int | None = Field(None, ge=1, description="take the first N of the (sorted) captures")
+
+
+class ColmapSource(BaseModel):
+    """Folders with photos and a COLMAP model, masks optional: each is one capture."""
+
+    model_config = Strict
+    kind: Literal["colmap"] = "colmap"
+    path: str = Field(description="one capture (a folder with images/ and sparse/), or a folder of captures, or a URL")
+    license: str = Field("unknown", description="SPDX licence of the photos")
+    attribution: str = Field("", description="the credit line that the licence asks for")
+    exclude_file: str | None = Field(None, description="text file of captures to leave out, one folder name a line")
+    max_captures: int | None = Field(None, ge=1, description="take the first N of the (sorted) captures")
+
+
+Source = Annotated[
+    ProceduralSource | DirectorySource | ObjaverseSource | MvimgnetSource | ColmapSource, Field(discriminator="kind")
+]
+CAPTURE_SOURCES = ("mvimgnet", "colmap")
+"""Kinds of source whose assets are photographed, not rendered: `[capture]` is their pixel part, not `[render]`."""
 
 
 class RenderSpec(BaseModel):
@@ -137,6 +171,27 @@ class RenderSpec(BaseModel):
         return self
 
 
+class CaptureSpec(BaseModel):
+    """The pixel part of captures: every field here changes pixels, and so the fingerprint."""
+
+    model_config = Strict
+    num_views: int | None = Field(
+        None, ge=1, le=999, description="views a capture, spread evenly over viewing angle; default: every good frame"
+    )
+    resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
+    padding: float = Field(1.15, ge=1.0, le=4.0, description="side of the square crop over the mask's longer side")
+    codec: Literal["webp", "webp-q95", "png"] = Field(
+        "webp-q95", description="webp-q95 is lossy in colour, lossless in alpha: the photos were JPEG; webp is lossless"
+    )
+    mask_threshold: int = Field(127, ge=0, le=254, description="a mask value above it is object")
+    mask_command: str | None = Field(
+        None,
+        description="what makes masks where the data set has none: a command with {image} and {mask}, run a frame at a "
+        "time, or rembg for that package; default: such captures fail as no_mask",
+    )
+    margin: float = Field(1.0, ge=1.0, le=2.0, description="half side of the world's box over the object's")
+
+
 class ShardSpec(BaseModel):
     """How assets are dealt into shards."""
 
@@ -180,6 +235,14 @@ class AdmissionSpec(BaseModel):
     admit_single_colour: bool = Field(True, description="admit objects of one base colour")
     admit_untextured: bool = Field(True, description="admit objects without an image and without vertex colours")
     admit_transparent: bool = Field(True, description="admit objects with glass or alpha-blended surfaces")
+    min_frames: int = Field(8, ge=1, description="least good frames of a capture: posed, masked, on disk")
+    min_registered_share: float = Field(0.0, ge=0, le=1, description="least share of a capture's frames with a pose")
+    max_reprojection_px: float = Field(4.0, gt=0, description="largest mean reprojection error of a capture's model")
+    min_sweep_deg: float = Field(0.0, ge=0, le=180, description="least widest angle between two views of a capture")
+    min_mask_agreement: float = Field(
+        0.6, ge=0, le=1, description="least median box overlap of a capture's masks with its projected points"
+    )
+    max_cut_off: float = Field(1.0, ge=0, le=1, description="largest share of a capture's views cut by their frame")
     duplicate_distance: int | None = Field(
         None,
         ge=0,
@@ -254,6 +317,7 @@ class DatasetSpec(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the dataset")
     source: Source
     render: RenderSpec = RenderSpec()
+    capture: CaptureSpec = CaptureSpec()
     shards: ShardSpec = ShardSpec()
     admission: AdmissionSpec = AdmissionSpec()
     limits: LimitSpec = LimitSpec()
@@ -261,13 +325,19 @@ class DatasetSpec(BaseModel):
     split: SplitSpec = SplitSpec()
     workers: WorkerSpec = WorkerSpec()
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the source's assets are photographed, and `[capture]` is the pixel part."""
+        return self.source.kind in CAPTURE_SOURCES
+
     def fingerprint(self, producer: str) -> str:
         """Return the digest of everything that decides pixels.
 
         Args:
             producer: name and version of what makes the pixels, such as "blender 4.5.15, render revision 1".
         """
-        return digest_json({"render": self.render.model_dump(mode="json"), "producer": producer})
+        name = "capture" if self.is_captured else "render"
+        return digest_json({name: getattr(self, name).model_dump(mode="json"), "producer": producer})
 
     def plan_set_id(self, fingerprint: str) -> str:
         """Return the name of the frozen plan: a digest of all that decides which asset stands in which shard."""
@@ -358,7 +428,7 @@ def validate_config(model: type[M], data: Any, where: str) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        kinds = {"procedural", "directory", "objaverse"}
+        kinds = {"procedural", "directory", "objaverse", *CAPTURE_SOURCES}
         name = ".".join(str(part) for part in first["loc"] if part not in kinds) or "(top level)"
         if first["type"] == "extra_forbidden":
             text = f"unknown key {name!r}; remove it or check its spelling"

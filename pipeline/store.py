@@ -68,7 +68,7 @@ _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 _TAKEN = (AlreadyExistsError, PreconditionError, FileExistsError)
 _ABSENT = (NotFoundError, FileNotFoundError)
-_REFUSED = (PermissionDeniedError, UnauthenticatedError, InvalidPathError, NotSupportedError)
+_REFUSED = (PermissionDeniedError, UnauthenticatedError, InvalidPathError, NotSupportedError, ValueError)
 _ANY = (BaseError, OSError)
 
 _memory_stores: dict[str, Any] = {}  # memory:// lives as long as the process: for tests of one process
@@ -267,8 +267,8 @@ class Store:
             if isinstance(error, StoreError):
                 raise
             raise MissingObjectError(f"{self.url}: there is no {key}") from None
-        except _ANY as error:
-            raise StoreError(f"{self.url}: reading {key} failed: {short_error(error)}") from None
+        except (*_ANY, ValueError) as error:  # ValueError: a key that is not one
+            raise StoreError(f"{self.url}: reading {key!r} failed: {short_error(error)}") from None
 
     def size(self, key: str) -> int | None:
         """Return the length of an object in bytes, or None if there is none."""

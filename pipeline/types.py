@@ -64,6 +64,7 @@ class FailureKind(StrEnum):
     TRANSPARENT = "transparent"
     BAD_VIEW_COUNT = "bad_view_count"
     DUPLICATE = "duplicate"  # decided where receipts are merged; the message names the one that stays
+    WITHDRAWN = "withdrawn"  # by hand, by a tombstone
     RENDER_TIMEOUT = "render_timeout"
     RENDER_CRASH = "render_crash"
     OUT_OF_MEMORY = "out_of_memory"
@@ -71,6 +72,14 @@ class FailureKind(StrEnum):
     NO_MODEL = "no_model"
     CORRUPT_MODEL = "corrupt_model"
     NO_MASK = "no_mask"
+    BAD_MASK = "bad_mask"  # empty, everything, in pieces, or jumping from frame to frame
+    MASK_DISAGREES = "mask_disagrees"  # the masks and the model's points are of different things
+    BAD_CAMERA = "bad_camera"  # absurd intrinsics, or frames whose size is not the camera's
+    TOO_FEW_FRAMES = "too_few_frames"
+    CUT_OFF = "cut_off"  # these three: refused by a rule on captures (`[admission]`), which the message names
+    NARROW_SWEEP = "narrow_sweep"
+    POOR_MODEL = "poor_model"
+    EXCLUDED = "excluded"  # on a list of the user's
     INTERNAL = "internal"
 
     @property

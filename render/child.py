@@ -131,7 +131,10 @@ def _render(request: dict[str, Any], fd: int, num_threads: int, device: str) -> 
     finally:
         renderer.close()
     done = time.perf_counter()
-    stages = {"import": imported - started, "freeze": frozen - imported, "views": done - frozen, **renderer.seconds}
+    stages = {
+        "import": imported - started, "textures": prepared.textures_s,
+        "freeze": frozen - imported - prepared.textures_s, "views": done - frozen, **renderer.seconds,
+    }  # fmt: skip
     wire.send(fd, {"type": "done", "seconds": stages})
 
 

@@ -20,7 +20,7 @@ MIN_SEQUENCE = 256
 
 
 def set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
-    """Render a part of a square picture into an EXR of all passes, scene-linear, on so many threads."""
+    """Render a part of a square picture, scene-linear, on so many threads."""
     render = scene.render
     render.engine = "CYCLES"
     render.resolution_x = render.resolution_y = resolution_px
@@ -35,7 +35,6 @@ def set_output(scene: Any, resolution_px: int, num_threads: int) -> None:
     render.use_motion_blur = False
     render.use_multiview = False
     render.dither_intensity = 0.0
-    render.use_file_extension = False
     versions.set_later_settings()
     scene.display_settings.display_device = "sRGB"
     view = scene.view_settings

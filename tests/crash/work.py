@@ -89,7 +89,7 @@ def install(reach: Callable[[str], None]) -> Callable[[], None]:
     for name in ("create", "create_blob"):
         wrap(Store, name, around)
     wrap(folder.os, "link", between)
-    wrap(shards, "_write_sample", after_sample)
+    wrap(shards, "_pack", after_sample)
 
     def remove() -> None:
         for owner, name, real in reversed(undo):

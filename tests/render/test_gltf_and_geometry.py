@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from render import wire
-from render.geometry import HULL_CELL, Triangles, bounds, find_strays, surface_points, thin
+from render.geometry import HULL_CELL, Triangles, bounds, find_strays, outer_points, surface_points, thin
 from render.gltf import default_scene_only
 from tests.render.files import CUBE_TRIANGLES, CUBE_VERTICES, Glb, one_mesh_glb
 
@@ -75,6 +75,29 @@ def test_few_points_are_left_as_they_are() -> None:
     thinned = thin(points, weights, 100)
     assert thinned[0] is points
     assert thinned[1] is weights
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 3000), st.sampled_from(["ball", "sphere", "line", "plane", "one", "tiny"])
+)
+@settings(deadline=None, max_examples=60)
+def test_outer_points_reach_as_far_as_all_in_every_direction(seed: int, count: int, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(count, 3))
+    if kind == "sphere":
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+    points *= {"line": [1, 0, 0], "plane": [1, 1, 0], "one": [0, 0, 0], "tiny": [1e-300] * 3}.get(kind, [1, 1, 1])
+    points += rng.normal(size=3) if kind != "tiny" else 0
+    kept = outer_points(points)
+    directions = rng.normal(size=(3, 64))
+    assert ((kept @ directions).max(axis=0) == (points @ directions).max(axis=0)).all()
+
+
+def test_outer_points_leave_most_of_a_surface_out() -> None:
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(50_000, 3))
+    bumpy = directions / np.linalg.norm(directions, axis=1, keepdims=True) * rng.uniform(0.4, 1, (50_000, 1))
+    assert len(outer_points(bumpy)) < 25_000
 
 
 @pytest.mark.parametrize("kind", ["sphere", "cube", "cloud", "line", "point"])

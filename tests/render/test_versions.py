@@ -222,38 +222,6 @@ def test_a_mix_with_a_transparent_shader_is_covered(tmp_path: Path) -> None:
     assert (alpha == 255).any()
 
 
-def test_exr_of_one_layer_and_of_all(tmp_path: Path) -> None:
-    script = """
-import os, re
-from render import versions
-scene = bpy.context.scene
-scene.render.engine = "CYCLES"
-scene.cycles.samples, scene.render.resolution_x, scene.render.resolution_y = 1, 8, 8
-scene.cycles.use_denoising = False
-scene.render.use_file_extension = False
-camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
-scene.collection.objects.link(camera)
-scene.camera = camera
-bpy.context.view_layer.use_pass_z = bpy.context.view_layer.use_pass_normal = True
-bpy.ops.render.render()
-out = []
-for layers in (True, False, True):
-    memory = os.memfd_create("exr")
-    path = f"/proc/self/fd/{memory}"
-    versions.set_exr_output(scene.render.image_settings, layers=layers)
-    bpy.data.images["Render Result"].save_render(path, scene=scene)
-    data = open(path, "rb").read()
-    image = bpy.data.images.load(path, check_existing=False)
-    names = [name.decode() for name in re.findall(rb"[\\w. ]+?(?=\\0\\x02\\0\\0\\0\\0\\0\\0\\0\\x01)", data)]
-    out.append([bool(data[5] & 0x10), names, list(image.size), len(data) > 8 * 8 * 4 * len(names)])
-"""
-    several, one, again = run_blender(tmp_path, script)
-    names = [f"ViewLayer.{name}" for name in ("Combined.A", "Combined.B", "Combined.G", "Combined.R", "Depth.Z")]
-    names += [f"ViewLayer.Normal.{axis}" for axis in "XYZ"]
-    assert several == again == [False, names, [0, 0], True], "all passes, uncompressed, in a file of one part"
-    assert one == [False, ["A", "B", "G", "R"], [8, 8], True]
-
-
 def test_no_other_module_asks_which_blender_runs() -> None:
     for path in sorted((ROOT / "render").glob("*.py")):
         if path.name != "versions.py":
