@@ -14,6 +14,13 @@ ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
 SET    ?=
+TIME_S ?= 600
+SEED   ?=
+A      ?= 1
+B      ?= latest
+DEAD   ?= 0.5
+GRACE_S ?= 604800
+OBJECTS ?= 1000000
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -24,7 +31,8 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render dataset retry calibrate bench-render bench-corpus publish diff verify tombstone \
+	compact gc status report train test test-crash lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +49,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt constraints-3.13.txt
 demo: $(VENV)/.ready ## the main job, small: objects, renders, shards, a version, training, report.html [OUT=out]
 	@$(CLI) demo --out '$(OUT)/demo'
 
-plan: $(VENV)/.ready ## freeze the plan of a spec [SPEC= CORPUS= SET="key=value ..." JSON=1]
-	@$(CLI) plan --spec '$(SPEC)' --corpus '$(CORPUS)' $(flags_set) $(flags_json)
+plan: $(VENV)/.ready ## freeze the plan of a spec, or with DELTA=1 what dataset would make [SPEC= CORPUS= SET="key=value ..." JSON=1]
+	@$(CLI) plan --spec '$(SPEC)' --corpus '$(CORPUS)' $(if $(DELTA),--delta) $(flags_set) $(flags_json)
 
-render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 SET="render.samples=32 ..." JSON=1]
-	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
+render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 PLAN= SET="render.samples=32 ..." JSON=1]
+	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(if $(PLAN),--plan '$(PLAN)') $(flags_set) $(flags_json)
+
+dataset: $(VENV)/.ready ## bring a corpus to what a spec says: make what it lacks, retry, publish [SPEC= CORPUS= SET= DRY=1 DEEP=1 JSON=1]
+	@$(CLI) dataset --spec '$(SPEC)' --corpus '$(CORPUS)' $(if $(DRY),--dry-run) $(if $(DEEP),--deep) $(flags_set) $(flags_json)
+
+retry: $(VENV)/.ready ## try again what failed with some kinds [KIND=render_timeout,network SPEC= CORPUS= SET= JSON=1]
+	@$(CLI) retry --spec '$(SPEC)' --corpus '$(CORPUS)' --kind '$(KIND)' $(flags_set) $(flags_json)
 
 calibrate: $(VENV)/.ready ## print what samples and the noise target give and cost [SPEC= SET= JSON=1 ASSETS=6 VIEWS=3]
 	@$(CLI) calibrate --spec '$(SPEC)' --assets '$(ASSETS)' --views '$(VIEWS)' $(flags_set) $(flags_json)
@@ -53,8 +67,26 @@ calibrate: $(VENV)/.ready ## print what samples and the noise target give and co
 bench-render: $(VENV)/.ready ## our renderer against the public scripts' way: speed, noise, memory [ARGS="--only tree"]
 	@$(BIN)/python -m tests.bench.render $(ARGS)
 
-publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1; SPEC= SET= for one plan of several]
-	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
+bench-corpus: $(VENV)/.ready ## a million made-up objects: time and memory of plan, merge, publish, status, diff, open [OBJECTS=1000000]
+	@$(BIN)/python -m tests.bench.corpus --objects '$(OBJECTS)' $(ARGS)
+
+publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 JSON=1; SPEC= SET= for one spec of several]
+	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
+
+diff: $(VENV)/.ready ## what changed between two versions, by object [CORPUS= A=1 B=latest FILE=diff.json JSON=1]
+	@$(CLI) diff --corpus '$(CORPUS)' --a '$(A)' --b '$(B)' $(if $(FILE),--out '$(FILE)') $(flags_json)
+
+verify: $(VENV)/.ready ## check all that a version names; DEEP=1 reads and decodes it [CORPUS= VERSION=latest DEEP=1 JSON=1]
+	@$(CLI) verify --corpus '$(CORPUS)' --version '$(VERSION)' $(if $(DEEP),--deep) $(flags_json)
+
+tombstone: $(VENV)/.ready ## withdraw objects from the next version, made now, and all later ones [CORPUS= UID=a,b JSON=1]
+	@$(CLI) tombstone --corpus '$(CORPUS)' --uid '$(if $(filter command,$(firstword $(origin UID))),$(UID))' $(flags_json)
+
+compact: $(VENV)/.ready ## copy live samples out of shards that are mostly dead [CORPUS= DEAD=0.5 JSON=1]
+	@$(CLI) compact --corpus '$(CORPUS)' --dead '$(DEAD)' $(flags_json)
+
+gc: $(VENV)/.ready ## list what nothing names; DELETE=1 deletes it [CORPUS= GRACE_S=604800 DELETE=1 JSON=1]
+	@$(CLI) gc --corpus '$(CORPUS)' --grace-s '$(GRACE_S)' $(if $(DELETE),--delete) $(flags_json)
 
 status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]
 	@$(CLI) status --corpus '$(CORPUS)' $(flags_json)
@@ -67,6 +99,9 @@ train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=lat
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
 	$(BIN)/python -m pytest $(TESTS)
+
+test-crash: $(VENV)/.ready ## kill and fail at random for TIME_S seconds, hold the corpora to an oracle [TIME_S=600 SEED=1]
+	@$(BIN)/python -m tests.crash.storm --time-s '$(TIME_S)' $(if $(SEED),--seed '$(SEED)')
 
 lint: $(VENV)/.ready ## ruff, mypy, and the layer contracts
 	$(BIN)/ruff check .

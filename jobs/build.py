@@ -6,6 +6,9 @@ whose worker dies `limits.max_attempts` times becomes a Failure of kind `quarant
 
 Losing the driver loses the open shards only, at most `workers.open_shards` of them; committed shards are found again
 by their receipts, and running the same command resumes.
+
+A plan is frozen when all that can be checked was checked: the list of shards, the nodes, and for a GPU that Blender
+sees it. A mistake leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +31,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.produce import Producer, render_asset
+from jobs.produce import Producer, check_device, render_asset
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import load_receipts
@@ -101,7 +104,7 @@ class _OpenShard:
 
 def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
     """Return the frozen plan of a spec for this machine's renderer, making it if there is none."""
-    return plans.freeze(store, spec, spec.fingerprint(producer()), open_source(spec).list_assets)
+    return plans.freeze(store, spec, spec.fingerprint(producer()), open_source(spec).list_assets, producer())
 
 
 def build(
@@ -109,6 +112,7 @@ def build(
     corpus: str,
     shards: str = "all",
     *,
+    plan_set: str | None = None,
     produce: Producer = render_asset,
     show_progress: bool = True,
 ) -> Summary:
@@ -116,34 +120,114 @@ def build(
 
     Args:
         shards: "all", "7", "0-63" or "3,9": indexes of the frozen plan.
+        plan_set: name of a frozen plan, such as a delta; default the spec's own, frozen now if there is none.
         produce: what turns an asset into a result; tests pass one without Blender.
 
     Raises:
         UserError: in one line, for a spec, store or shard list that cannot be used.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after children are ended; committed shards stay.
     """
-    begun = time.monotonic()
     store = open_store(corpus)
     store.probe()
-    plan = freeze_plan(spec, store)
-    asked = [plan.shards[i] for i in plans.parse_shards(shards, len(plan.shards))]
-    summary = Summary(corpus=store.url, plan_set=plan.id, fingerprint=plan.fingerprint, shards_asked=len(asked))
-    summary.planned = sum(len(shard.assets) for shard in asked)
-    todo = _skip_committed(store, asked, summary)
-    if todo:
-        with _ray_session(spec), _progress(summary, show_progress) as bar:
-            _Driver(spec, store, plan.fingerprint, produce, summary, bar).run(todo)
+    fingerprint = spec.fingerprint(producer())
+    if plan_set is not None:
+        plan: PlanSet | None = _load_plan(store, plan_set, fingerprint)
+    else:
+        plan = plans.find(store, spec, fingerprint)
+    if plan is not None:
+        return run(spec, store, lambda: [(plan, plans.parse_shards(shards, len(plan.shards)))], produce, show_progress)
+    drafted = plans.draft(spec, fingerprint, open_source(spec).list_assets(), producer=producer())
+    plans.parse_shards(shards, len(drafted.shards))
+
+    def freeze() -> Work:
+        frozen = plans.put(store, drafted)[0]
+        return [(frozen, plans.parse_shards(shards, len(frozen.shards)))]
+
+    return run(spec, store, freeze, produce, show_progress, is_frozen=False)
+
+
+def _load_plan(store: Store, name: str, fingerprint: str) -> PlanSet:
+    try:
+        plan = plans.load(store, name)
+    except FileNotFoundError:
+        raise UserError(f"corpus {store.url}: there is no plan {name}; `make status` names those that are") from None
+    if plan.fingerprint != fingerprint or plan.kind == "compact":
+        raise UserError(
+            f"corpus {store.url}: plan {name} is not one of these settings and this Blender; give the SPEC= and SET= "
+            "that it was made with"
+        )
+    return plan
+
+
+Work = list[tuple[PlanSet, list[int]]]
+"""Frozen plans, and which of their shards are asked for."""
+
+
+def run(
+    spec: DatasetSpec,
+    store: Store,
+    freeze: Callable[[], Work],
+    produce: Producer = render_asset,
+    show_progress: bool = True,
+    *,
+    is_frozen: bool = True,
+) -> Summary:
+    """Make the shards that `freeze` returns, less those already committed.
+
+    Args:
+        freeze: returns the work; where it is not frozen yet, it is called once the workers' place and device are known
+            to be there.
+    """
+    begun = time.monotonic()
+    fingerprint = spec.fingerprint(producer())
+    summary = Summary(corpus=store.url, plan_set="", fingerprint=fingerprint)
+    todo = _todo(store, freeze(), summary) if is_frozen else []
+    if todo or not is_frozen:
+        with _ray_session(spec):
+            if not is_frozen:
+                _check_device(spec, fingerprint, produce)
+                todo = _todo(store, freeze(), summary)
+            with _progress(summary, show_progress) as bar:
+                _Driver(spec, store, fingerprint, produce, summary, bar).run(todo)
     summary.elapsed_s = time.monotonic() - begun
     return summary
 
 
-def _skip_committed(store: Store, asked: Sequence[ShardPlan], summary: Summary) -> list[ShardPlan]:
-    """Count the receipts that exist; return the shards that have none."""
-    found = {done.plan_id: done for done in load_receipts(store, [shard.plan_id for shard in asked])}
-    for done in found.values():
-        summary.shards_done_before += 1
-        summary.count(done)
-    return [shard for shard in asked if shard.plan_id not in found]
+def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
+    """Start one Blender where a GPU is asked for: Ray may believe in one that Blender does not see."""
+    if spec.workers.device == "cpu" or produce is not render_asset:
+        return
+    workers = spec.workers
+    task = _try_device.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name="look for the device")
+    try:
+        ray.get(task.remote(spec, fingerprint))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    except RayError as error:
+        logging.getLogger(__name__).warning("the device could not be looked for: %s", str(error).split("\n", 1)[0])
+
+
+@ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
+def _try_device(spec: DatasetSpec, fingerprint: str) -> None:
+    check_device(spec, fingerprint)
+
+
+def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
+    """Count what is asked for, and the receipts that exist; return the shards that have none."""
+    todo: list[ShardPlan] = []
+    summary.plan_set = ", ".join(plan.id for plan, _ in work)
+    for plan, indexes in work:
+        names = plan.plan_ids
+        found = {done.plan_id: done for done in load_receipts(store, [names[i] for i in indexes])}
+        summary.shards_asked += len(indexes)
+        summary.planned += sum(plan.shard_table(i).num_rows for i in indexes)
+        for done in found.values():
+            summary.shards_done_before += 1
+            summary.count(done)
+        todo += [plan.shards[i] for i in indexes if names[i] not in found]
+    return todo
 
 
 @contextmanager
@@ -183,7 +267,7 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
     except SystemExit:  # ray.init puts a SIGTERM handler of its own in place, which exits
         ray.shutdown()
         raise KeyboardInterrupt from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node does not come up in time
         text = str(error).strip().split("\n", 1)[0]
         raise UserError(
             f"Ray at {address or 'this machine'} cannot be reached: {text}; check RAY_ADDRESS, and that "
@@ -285,7 +369,7 @@ class _Driver:
     ) -> None:
         self.spec, self.store, self.fingerprint, self.summary, self.bar = spec, store, fingerprint, summary, bar
         self.produce = ray.put(produce)
-        self.open: dict[int, _OpenShard] = {}
+        self.open: dict[str, _OpenShard] = {}  # by plan id, first come first
         self.making: dict[Any, tuple[_OpenShard, Asset, Any]] = {}  # status reference -> shard, asset, result reference
         self.assembling: dict[Any, _OpenShard] = {}
         self.deaths: Counter[str] = Counter()
@@ -294,12 +378,12 @@ class _Driver:
         self.window = 2 * max(1, count_slots(_nodes(), spec.workers))
 
     def run(self, todo: Sequence[ShardPlan]) -> None:
-        """Make every shard of `todo`, lowest index first."""
+        """Make every shard of `todo`, in its order."""
         upcoming = list(reversed(todo))
         while upcoming or self.open:
             while upcoming and len(self.open) < self.spec.workers.open_shards:
                 plan = upcoming.pop()
-                self.open[plan.index] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
+                self.open[plan.plan_id] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
             self._submit()
             done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
             for reference in done:
@@ -310,8 +394,7 @@ class _Driver:
             self.bar.set_postfix_str(self._postfix(), refresh=not done and sys.stderr.isatty())
 
     def _submit(self) -> None:
-        for index in sorted(self.open):
-            shard = self.open[index]
+        for shard in self.open.values():
             while shard.waiting and len(self.making) < self.window:
                 asset = shard.waiting.pop()
                 workers = self.spec.workers
@@ -388,7 +471,7 @@ class _Driver:
             return
         self.summary.shards_committed += 1
         self.summary.count(done)
-        del self.open[shard.plan.index]
+        del self.open[shard.plan.plan_id]
 
     def _restart(self, shard: _OpenShard, keep_results: bool) -> None:
         """Assemble again; if a node took results with it, make the shard's objects again first."""

@@ -19,13 +19,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.shard import DamagedDataError
 from pipeline.store import StoreError
 from pipeline.types import UserError
+
+if TYPE_CHECKING:
+    from pipeline.version import Version
 
 app = typer.Typer(
     help="Build the multi-view training corpus of a Large Reconstruction Model, and train the model on it.",
@@ -56,6 +59,8 @@ Corpus = Annotated[str, typer.Option("--corpus", help="a folder, or s3://, gs://
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override one key of the spec, such as render.samples=32; repeatable")
 ]
+Deep = Annotated[bool, typer.Option(help="read and decode every sample")]
+VersionText = Annotated[str, typer.Option(help="a number, or latest")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 
 
@@ -64,6 +69,7 @@ def render(
     spec: SpecPath,
     corpus: Corpus,
     shards: Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")] = "all",
+    plan_set: Annotated[str | None, typer.Option("--plan", help="a frozen plan by name, such as a delta")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +77,7 @@ def render(
     from jobs.build import build
     from pipeline.spec import load_spec
 
-    summary = build(load_spec(spec, overrides or ()), corpus, shards)
+    summary = build(load_spec(spec, overrides or ()), corpus, shards, plan_set=plan_set)
     failed = sum(summary.failures.values())
     if summary.shards_done_before == summary.shards_asked:
         typer.echo(f"nothing to do: all {summary.shards_asked} asked shard(s) are committed", err=True)
@@ -89,19 +95,83 @@ def render(
 
 
 @command
-def plan(spec: SpecPath, corpus: Corpus, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    spec: SpecPath,
+    corpus: Corpus,
+    delta: Annotated[bool, typer.Option(help="plan what `dataset` would make, and say what that is")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
     """Freeze the plan of a spec, and say what SHARDS= may be; `render` does this by itself."""
     from jobs.build import freeze_plan
+    from jobs.dataset import plan_delta
     from pipeline.spec import load_spec
     from pipeline.store import open_store
 
-    store = open_store(corpus)
-    store.probe()
-    frozen = freeze_plan(load_spec(spec, overrides or ()), store)
-    last = len(frozen.shards) - 1
-    typer.echo(f"plan {frozen.id}: {frozen.num_assets} objects in {last + 1} shard(s), SHARDS=0-{last}", err=True)
+    loaded = load_spec(spec, overrides or ())
+    if delta:
+        frozen = plan_delta(loaded, corpus, _say)
+    else:
+        store = open_store(corpus)
+        store.probe()
+        frozen = freeze_plan(loaded, store)
+    if frozen is None:
+        typer.echo("nothing is lacking: no plan was frozen", err=True)
+    else:
+        last = len(frozen.shards) - 1
+        typer.echo(f"plan {frozen.id}: {frozen.num_assets} objects in {last + 1} shard(s), SHARDS=0-{last}", err=True)
     if as_json:
-        typer.echo(json.dumps({"plan_set": frozen.id, "objects": frozen.num_assets, "shards": last + 1}))
+        names = ("plan_set", "objects", "shards")
+        values = (frozen.id, frozen.num_assets, len(frozen.shards)) if frozen else (None, 0, 0)
+        typer.echo(json.dumps(dict(zip(names, values))))
+
+
+@command
+def dataset(
+    spec: SpecPath,
+    corpus: Corpus,
+    dry_run: Annotated[bool, typer.Option(help="say what would be made, and make nothing")] = False,
+    deep: Deep = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a corpus to what a spec says: make what it lacks, retry what may end otherwise, and publish."""
+    from jobs.dataset import dump, make_dataset
+    from pipeline.spec import load_spec
+
+    done = make_dataset(load_spec(spec, overrides or ()), corpus, dry_run=dry_run, deep=deep, say=_say)
+    if done.version is not None:
+        _say(version_text(done.version, done.new))
+    if as_json:
+        typer.echo(dump(done))
+    if done.summary is not None and not done.summary.accounted:
+        raise typer.Exit(1)
+
+
+@command
+def retry(
+    spec: SpecPath,
+    corpus: Corpus,
+    kind: Annotated[str, typer.Option(help="kinds of failure, such as render_timeout,network; status counts them")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Try again what failed with these kinds; publish afterwards. Receipts stay as they are."""
+    from jobs.dataset import dump
+    from jobs.dataset import retry as run
+    from pipeline.rebuild import parse_kinds
+    from pipeline.spec import load_spec
+
+    done = run(load_spec(spec, overrides or ()), corpus, parse_kinds(kind), say=_say)
+    if done.summary is not None:
+        failed = sum(done.summary.failures.values())
+        _say(f"{done.summary.samples} became samples, {failed} failed again; `make dataset` or `make publish` next")
+    if as_json:
+        typer.echo(dump(done))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 @command
@@ -130,13 +200,14 @@ def calibrate(
 @command
 def publish(
     corpus: Corpus,
-    spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only, by its rules")] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plans only, by its rules")] = None,
+    deep: Deep = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Make a version of what is committed, after checking that every shard is there. Versions never change."""
-    from pipeline import plan as plans
     from pipeline import version
+    from pipeline.listing import Listing
     from pipeline.spec import load_spec
     from pipeline.store import open_store
     from render import producer
@@ -145,26 +216,19 @@ def publish(
         raise UserError(f"--set {overrides[0]!r} needs --spec: settings change a spec, and publish took none")
     store = open_store(corpus, must_exist=True)
     store.probe()
-    loaded = None
-    if spec is None:
-        chosen = version.plan_sets(store)
-    else:
+    chosen, loaded, table = version.plan_sets(store), None, None
+    if spec is not None:
         loaded = load_spec(spec, overrides or ())
-        try:
-            chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer())))]
-        except FileNotFoundError:
+        chosen, table = version.plans_of(chosen, loaded, loaded.fingerprint(producer()))
+        if not chosen:
             raise UserError(
                 f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was "
                 f"rendered with, or run `make render SPEC={spec}` first"
-            ) from None
-    published, new = version.publish(store, chosen, loaded)
+            )
+    listing = None if table is None else Listing.of(table)
+    published, new = version.publish(store, chosen, loaded, listing=listing, deep=deep)
     counts = published.counts
-    word = "published version" if new else "nothing changed since version"
-    typer.echo(
-        f"{word} {published.number}: {counts['samples']} samples, {counts['views']} views, "
-        f"{sum(counts['failures'].values())} failures, {counts['heldout']} held out",
-        err=True,
-    )
+    _say(version_text(published, new))
     if counts["shards_committed"] < counts["shards_planned"]:
         typer.echo(
             f"  holds {counts['shards_committed']} of {counts['shards_planned']} planned shards; "
@@ -174,6 +238,116 @@ def publish(
     if as_json:
         record = {"version": published.number, "digest": published.digest, "new": new, "counts": counts}
         typer.echo(json.dumps(record))
+
+
+def version_text(published: Version, new: bool) -> str:
+    """Tell what a version holds in a line."""
+    counts, word = published.counts, "published version" if new else "nothing changed since version"
+    return (
+        f"{word} {published.number}: {counts['samples']} samples, {counts['views']} views, "
+        f"{sum(counts['failures'].values())} failures, {counts['heldout']} held out"
+    )
+
+
+@command
+def diff(
+    corpus: Corpus,
+    a: Annotated[str, typer.Option("--a", help="the older version, a number")],
+    b: Annotated[str, typer.Option("--b", help="the younger version, a number or latest")] = "latest",
+    out: Annotated[Path | None, typer.Option(help="write every object that differs into this JSON file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what changed between two versions, by object, and what a reader must fetch anew."""
+    from pipeline import diff as differences
+    from pipeline.store import open_store
+    from pipeline.version import open_version, parse_version
+
+    store = open_store(corpus, must_exist=True)
+    versions = [open_version(store, parse_version(text)) for text in (a, b)]
+    found = differences.diff(store, *versions)
+    typer.echo(differences.as_text(found), err=True)
+    if out is not None:
+        out.write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {out}", err=True)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(limit=1000)))
+
+
+@command
+def verify(corpus: Corpus, version: VersionText = "latest", deep: Deep = False, as_json: Json = False) -> None:
+    """Check that all that a version names is there and is what was written; exit status 1 if not."""
+    from pipeline.store import open_store
+    from pipeline.verify import as_json as found_json
+    from pipeline.version import parse_version, verify_version
+
+    found = verify_version(open_store(corpus, must_exist=True), parse_version(version), deep=deep)
+    for problem in found.problems[:20]:
+        typer.echo(f"  {problem}", err=True)
+    what = f"{found.shards} shards, {found.digested} digested, {found.decoded_samples} samples decoded"
+    typer.echo(f"{len(found.problems)} problem(s): {what}", err=True)
+    if as_json:
+        typer.echo(json.dumps(found_json(found)))
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@command
+def tombstone(
+    corpus: Corpus,
+    uid: Annotated[str, typer.Option(help="uids to withdraw, separated by commas")],
+    as_json: Json = False,
+) -> None:
+    """Withdraw objects: the next version, made now, and all later ones leave them out."""
+    from pipeline.store import open_store
+    from pipeline.version import tombstone as withdraw
+
+    store = open_store(corpus, must_exist=True)
+    store.probe()
+    uids = [part.strip() for part in uid.split(",") if part.strip()]
+    if not uids:
+        raise UserError("UID is empty; give the uids of a version's objects, separated by commas")
+    published, new = withdraw(store, uids)
+    _say(version_text(published, new))
+    if as_json:
+        record = {"version": published.number, "new": new, "tombstones": sorted(published.tombstones)}
+        typer.echo(json.dumps(record))
+
+
+@command
+def compact(
+    corpus: Corpus,
+    dead: Annotated[float, typer.Option(min=0, max=1, help="rewrite shards with a larger share of dead bytes")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Copy live samples out of shards full of dead ones, without rendering, into the next version."""
+    from pipeline import compact as compaction
+    from pipeline.store import open_store
+
+    store = open_store(corpus, must_exist=True)
+    store.probe()
+    done = compaction.compact(store, dead_share=dead)
+    _say(compaction.as_text(done))
+    if as_json:
+        typer.echo(json.dumps(done.as_json()))
+
+
+@command
+def gc(
+    corpus: Corpus,
+    grace_s: Annotated[float, typer.Option(min=0, help="seconds; whatever is younger stays; longer than any job")] = (
+        7 * 24 * 3600.0
+    ),
+    delete: Annotated[bool, typer.Option(help="delete what was found; default is to list it")] = False,
+    as_json: Json = False,
+) -> None:
+    """List shards, receipts and manifests that nothing names and that are older than the grace; delete if asked."""
+    from pipeline import garbage
+    from pipeline.store import open_store
+
+    found = garbage.collect(open_store(corpus, must_exist=True), grace_s=grace_s, delete=delete)
+    _say(garbage.as_text(found))
+    if as_json:
+        typer.echo(json.dumps(found.as_json()))
 
 
 @command

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from pipeline.admission import check_file, licence_admits
 from pipeline.sources import AssetSource, open_source
+from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec, digest_json
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.worker import RenderWorker
@@ -61,15 +62,34 @@ def render_asset(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | 
     return replace(failure, provenance=_where(begun))
 
 
+def check_device(spec: DatasetSpec, fingerprint: str) -> None:
+    """Start this process's Blender, so that a device that is not there is known before anything is frozen.
+
+    Raises:
+        UserError: what the user must mend, such as a GPU that is not there.
+    """
+    try:
+        _worker(spec, fingerprint).start()
+    except UserError as error:
+        raise UserError(f"{error} (on {socket.gethostname()})") from None
+    except AssetError:
+        pass  # no word about the device: objects will fail with a kind, or not
+
+
 def _attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
     reason = licence_admits(spec.admission.licenses, asset.license)
     if reason is not None:
         raise AssetError(FailureKind.LICENCE_EXCLUDED, reason)
     path = _source(spec).fetch(asset)
+    fetched_at = _now()
     expected = None
     if path is not None:
         expected = check_file(path, asset.format, spec.admission).expected_triangles
-    return _worker(spec, fingerprint).render(asset, path, expected_triangles=expected)
+        if asset.sha256 is None:  # a catalogue that knows no digest: the row names what was rendered
+            digest, num_bytes = digest_file(path)
+            asset = replace(asset, sha256=digest, num_bytes=num_bytes)
+    sample = _worker(spec, fingerprint).render(asset, path, expected_triangles=expected)
+    return replace(sample, provenance=dict(sample.provenance) | {"fetched_at": fetched_at})
 
 
 def _source(spec: DatasetSpec) -> AssetSource:
@@ -99,5 +119,8 @@ def close_worker() -> None:
 
 
 def _where(begun: float) -> dict[str, object]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"worker": socket.gethostname(), "finished_at": now, "elapsed_s": round(time.monotonic() - begun, 3)}
+    return {"worker": socket.gethostname(), "finished_at": _now(), "elapsed_s": round(time.monotonic() - begun, 3)}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,45 +1,49 @@
-"""Where a corpus stands, told from its plans and receipts alone: no server, no log, no state of a running job."""
+"""Where a corpus stands, told from its plans and receipts alone: no server, no log, no state of a running job.
+
+One listing and the last 16 KB of every receipt are read, whose footer tells the counts: a fifth of a millisecond each.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline import manifest, version
+from pipeline import manifest, receipt, version
 from pipeline.spec import spec_of_json
 from pipeline.store import Store
 
+_THREADS = 16
+
 
 def corpus_status(store: Store) -> dict[str, Any]:
-    """Return a JSON object: for each plan set its shards, objects and failures by kind; and the versions.
-
-    Reads every plan and receipt once.
-    """
+    """Return a JSON object: for each plan set its shards, objects and failures by kind; and the versions."""
+    present = manifest.receipt_sizes(store)
     plans = []
     for plan in version.plan_sets(store):
-        receipts = manifest.load_receipts(store, [shard.plan_id for shard in plan.shards])
-        done = {receipt.plan_id for receipt in receipts}
+        names = plan.plan_ids
+        done = [plan_id for plan_id in names if plan_id in present]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            tallies = list(pool.map(lambda plan_id: receipt.tally(store, plan_id, present[plan_id]), done))
         kinds: Counter[str] = Counter()
-        samples, retryable, num_bytes = 0, 0, 0
-        for receipt in receipts:
-            samples += receipt.rows["status"].to_pylist().count("sample")
-            kinds.update(kind for kind in receipt.rows["failure_kind"].to_pylist() if kind)
-            retryable += sum(bool(value) for value in receipt.rows["retryable"].to_pylist())
-            num_bytes += receipt.shard_bytes
+        for tally in tallies:
+            kinds.update(tally.failures)
         spec = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}")
         plans.append(
             {
                 "plan_set": plan.id,
+                "kind": plan.kind,
+                "name": plan.name,
                 "source": spec.source.kind,
                 "resolution_px": spec.render.resolution_px,
                 "num_views": spec.render.num_views,
                 "planned": plan.num_assets,
-                "samples": samples,
+                "samples": sum(tally.samples for tally in tallies),
                 "failures": dict(sorted(kinds.items())),
-                "retryable": retryable,
-                "shards": {"planned": len(plan.shards), "committed": len(receipts)},
-                "missing_shards": _ranges([s.index for s in plan.shards if s.plan_id not in done]),
-                "bytes": num_bytes,
+                "retryable": sum(tally.retryable for tally in tallies),
+                "shards": {"planned": len(names), "committed": len(done)},
+                "missing_shards": _ranges([i for i, plan_id in enumerate(names) if plan_id not in present]),
+                "bytes": sum(tally.shard_bytes for tally in tallies),
             }
         )
     return {"corpus": store.url, "plans": plans, "versions": version.latest_number(store)}

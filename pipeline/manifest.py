@@ -1,23 +1,33 @@
 """Manifests: the rows of many receipts, merged by a pure function into one content-addressed Parquet file.
 
-Under one fingerprint a sample beats a failure, and two different samples of one uid are an error, never a choice.
+Under one fingerprint a sample beats a failure, and two different samples of one uid are an error, never a choice. Two
+copies of one sample (a compaction's) are no difference: the younger copy is named.
 
-A version obeys the admission rules of the spec that it records. So the rules on pictures are judged again here, by the
-quality records that the rows hold, and duplicates, which no renderer can know of, are decided here. What is refused is
+A version obeys the admission rules of the spec that it records. So the rules on licences, sizes and pictures are judged
+again here, by what the rows hold, and duplicates, which no renderer can know of, are decided here. What is refused is
 withdrawn: its row becomes a failure that keeps the quality record and points to no shard. The bytes stay in the shard,
 which is content-addressed and shared with other versions; readers that go by rows never see them. Stricter rules and
 another duplicate distance thus cost a new version and no rendering.
 
-Judging a million records of 32 views takes about a minute (they are JSON), finding duplicates among them minutes.
+The figures of single views (`quality.views`, three quarters of a record) are judged here and left in the receipts and
+in the shards' JSON: a manifest of a million objects would have 4 GB of them. What is left is merged as columns:
+receipts are read and judged in batches, by processes where there are many, then sorted one column at a time, so that
+one column at most is held twice. `make bench-corpus` measures it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,21 +36,56 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
+from pipeline.admission import licence_admits
+from pipeline.listing import Listing
 from pipeline.phash import find_duplicates, hash_words, is_hash
+from pipeline.plan import PlanSet
 from pipeline.quality import Refusal, judge
 from pipeline.receipt import ROWS, VOLATILE, Receipt, load
-from pipeline.spec import DatasetSpec
+from pipeline.spec import AdmissionSpec, DatasetSpec
 from pipeline.store import Store
 from pipeline.types import FailureKind, UserError
 
 STABLE = pa.schema([field for field in ROWS if field.name not in VOLATILE] + [pa.field("heldout", pa.bool_())])
 READ_THREADS = 16
+COMPACT_RANK = 1_000_000
+"""Rows of a compaction stand in front of those of any delta: they point to the copy that is to be read."""
 
 WHOLE_FORMATS = frozenset({"glb", "stl", "ply", "usdz"})
 """Formats whose main file is the whole object: equal files are equal objects. An OBJ or glTF names side files, and its
 digest does not cover them."""
 
 _POINTERS = ("num_views", "planes", "codecs", "shard_sha256", "shard_bytes", "offset", "lengths", "crc32s")
+_BATCH = 64
+_MANY_RECEIPTS = 1024
+"""From so many receipts on, processes that take a second to start pay."""
+_ROWS_PER_GROUP = 65_536
+
+_EXTRA = (
+    pa.field("rank", pa.int32()),
+    pa.field("refused_kind", pa.string()),
+    pa.field("refused_message", pa.string()),
+)
+# 32-bit offsets end at 2 GiB of text in a column, and sorting joins its chunks.
+_MERGED = pa.schema(
+    [field.with_type(pa.large_string()) if field.name == "quality" else field for field in STABLE] + list(_EXTRA)
+)
+_LIST = re.compile(r'"(alpha_coverage|black)":(\[[^\]]*\])')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """The rows of a version to be, one an object: sorted by source and uid, judged by the spec.
+
+    Attributes:
+        table: columns of `STABLE`.
+        num_receipts: receipts that were read.
+        fingerprints: of the rows, sorted.
+    """
+
+    table: pa.Table
+    num_receipts: int
+    fingerprints: tuple[str, ...]
 
 
 def manifest_key(sha256: str) -> str:
@@ -61,6 +106,69 @@ def load_receipts(store: Store, plan_ids: Sequence[str]) -> list[Receipt]:
         return [receipt for receipt in pool.map(one, plan_ids) if receipt is not None]
 
 
+def receipt_sizes(store: Store) -> dict[str, int]:
+    """Return the length of every receipt of a corpus by plan id: one listing. For writers and tools."""
+    ending = ".parquet"
+    return {
+        item.key.removeprefix("receipts/").removesuffix(ending): item.num_bytes
+        for item in store.list("receipts/")
+        if item.key.endswith(ending)
+    }
+
+
+def rank_of(plan: PlanSet) -> int:
+    """Return which of several rows of an object stands first: the highest; see `merge`."""
+    return plan.number + (COMPACT_RANK if plan.kind == "compact" else 0)
+
+
+def merge_plans(store: Store, plans: Sequence[PlanSet], spec: DatasetSpec, listing: Listing | None = None) -> Merged:
+    """Read every receipt of these plans and merge their rows.
+
+    Args:
+        listing: the objects that are wanted; rows of others, and of other bytes, are left out, and the licence and the
+            credit line are those that the source states now. Default: whatever the receipts hold.
+
+    Raises:
+        UserError: as `settle`.
+        DamagedDataError: if a receipt is damaged.
+    """
+    ranks: dict[str, int] = {}
+    for plan in plans:
+        for plan_id in plan.plan_ids:
+            ranks[plan_id] = max(rank_of(plan), ranks.get(plan_id, 0))
+    present = receipt_sizes(store)
+    work = sorted((plan_id, rank) for plan_id, rank in ranks.items() if plan_id in present)
+    if not work:
+        return Merged(table=STABLE.empty_table(), num_receipts=0, fingerprints=())
+    batches = [work[i : i + _BATCH] for i in range(0, len(work), _BATCH)]
+    with _pool(store, len(work)) as pool:
+        tables = list(pool.map(_read_batch, *zip(*((store, batch, spec) for batch in batches))))
+    if listing is not None:
+        tables = [listing.restrict(table) for table in tables]
+    table = settle(tables, spec)
+    prints = tuple(sorted(pc.unique(table["fingerprint"]).to_pylist()))
+    return Merged(table=table, num_receipts=len(work), fingerprints=prints)
+
+
+@contextmanager
+def _pool(store: Store, num_receipts: int) -> Iterator[Executor]:
+    """Yield what reads batches: processes where it pays (judging records is Python), threads elsewhere."""
+    workers = min(16, os.cpu_count() or 1)
+    if num_receipts < _MANY_RECEIPTS or workers == 1 or store.url.startswith("memory:"):
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            yield threads
+        return
+    # A fork would copy the threads' locks of the store's client.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
+        yield processes
+
+
+def _read_batch(store: Store, work: Sequence[tuple[str, int]], spec: DatasetSpec) -> pa.Table:
+    """Return the judged rows of some receipts in one piece."""
+    tables = [prepare(load(store, plan_id).rows, spec, rank) for plan_id, rank in work]
+    return pa.concat_tables(tables).combine_chunks()
+
+
 def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
     """Merge receipts into one table of the stable columns, sorted by source and uid: a pure function.
 
@@ -70,54 +178,172 @@ def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
     Raises:
         UserError: if a uid has two different samples, or rows under two fingerprints.
     """
-    stable = [name for name in STABLE.names if name != "heldout"]
-    table = pa.concat_tables([receipt.rows.select(stable).replace_schema_metadata(None) for receipt in receipts])
-    order = pc.sort_indices(
-        table, sort_keys=[("source", "ascending"), ("uid", "ascending"), ("status", "descending"), ("key", "ascending")]
-    )
-    table = table.take(order)  # "sample" sorts above "failure" in descending order
-    names, sources = table["uid"].to_pylist(), table["source"].to_pylist()
-    status, shards = table["status"].to_pylist(), table["shard_sha256"].to_pylist()
-    prints, offsets = table["fingerprint"].to_pylist(), table["offset"].to_pylist()
-    keep: list[int] = []
-    for i, (name, source) in enumerate(zip(names, sources)):
-        if keep and (names[keep[-1]], sources[keep[-1]]) == (name, source):
-            first = keep[-1]
-            if prints[i] != prints[first]:
-                raise UserError(
-                    f"asset {name!r} of source {source} was rendered under two fingerprints, by two specs or releases; "
-                    "name the spec to publish with SPEC= (and the SET= that it was rendered with)"
-                )
-            if status[i] == "sample" and (shards[i], offsets[i]) != (shards[first], offsets[first]):
-                raise UserError(
-                    f"asset {name!r} of source {source} has two different samples under one fingerprint; "
-                    "name the spec to publish with SPEC="
-                )
-            continue
-        keep.append(i)
-    table = admit(table.take(pa.array(keep, pa.int64())), spec)
-    heldout = pa.array([spec.is_heldout(uid) for uid in table["uid"].to_pylist()], pa.bool_())
-    return table.append_column("heldout", heldout).cast(STABLE)
+    return settle([prepare(receipt.rows, spec) for receipt in receipts], spec)
+
+
+def prepare(rows: pa.Table, spec: DatasetSpec, rank: int = 0) -> pa.Table:
+    """Return the stable columns of a receipt's rows with what the rules on pictures say of each.
+
+    Columns `refused_kind` and `refused_message` are set where a rule refuses; `quality` loses `views`.
+    """
+    kinds, messages, records = list[str | None](), list[str | None](), list[str | None]()
+    for status, text in zip(rows["status"].to_pylist(), rows["quality"].to_pylist()):
+        head, record = _split_record(text) if text else (text, {})
+        refusal = judge(record, spec.admission) or _too_many(record, spec.admission) if status == "sample" else None
+        kinds.append(refusal.kind.value if refusal else None)
+        messages.append(refusal.message if refusal else None)
+        records.append(head)
+    columns = {name: rows[name] for name in STABLE.names if name not in ("heldout", "quality")} | {
+        "quality": pa.array(records, pa.large_string()),
+        "heldout": pa.array([spec.is_heldout(uid) for uid in rows["uid"].to_pylist()], pa.bool_()),
+        "rank": pa.array(np.full(rows.num_rows, rank, np.int32)),
+        "refused_kind": pa.array(kinds, pa.string()),
+        "refused_message": pa.array(messages, pa.string()),
+    }
+    return pa.table({name: columns[name] for name in _MERGED.names}, schema=_MERGED)
+
+
+def _split_record(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the text of a quality record without `views`, and of the record what `judge` looks at.
+
+    Records are canonical JSON, in which `views` comes last and holds lists of numbers: cutting the text there and
+    reading two of the lists is five times as fast as reading all of them. Any other text is read in full.
+    """
+    start = text.find(',"views":{')
+    if start > 0 and text.find("}", start) == len(text) - 2:
+        head = text[:start] + "}"
+        try:
+            record = json.loads(head)
+            lists = {name: json.loads(values) for name, values in _LIST.findall(text, start)}
+        except ValueError:
+            pass
+        else:
+            return head, record | {"views": lists}
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        return text, {}
+    slim = {name: value for name, value in record.items() if name != "views"}
+    return (text if len(slim) == len(record) else json.dumps(slim, sort_keys=True, separators=(",", ":"))), record
+
+
+def _too_many(record: Mapping[str, Any], rules: AdmissionSpec) -> Refusal | None:
+    found = max((record.get(name) or 0 for name in ("num_triangles", "num_triangles_file")), default=0)
+    if not isinstance(found, int) or found <= rules.max_triangles:
+        return None
+    message = f"{found} triangles; at most {rules.max_triangles} are allowed (admission.max_triangles)"
+    return Refusal(FailureKind.TOO_LARGE, message)
+
+
+def settle(tables: list[pa.Table], spec: DatasetSpec) -> pa.Table:
+    """Keep one row an object of prepared tables, sorted by source and uid, and withdraw what the spec does not admit.
+
+    Args:
+        tables: emptied, so that a column is freed once it is sorted.
+
+    Raises:
+        UserError: if a uid has two different samples, or rows under two fingerprints.
+    """
+    table = pa.concat_tables(tables)
+    tables.clear()
+    keys = ["source", "uid", "status", "rank", "shard_sha256", "offset"]
+    # "sample" sorts above "failure" in descending order
+    how = ["ascending", "ascending", "descending", "descending", "ascending", "ascending"]
+    order = pc.sort_indices(table.select(keys), sort_keys=list(zip(keys, how)))
+    narrow = table.select(["source", "uid"]).take(order)
+    again = np.zeros(table.num_rows, bool)
+    if table.num_rows > 1:
+        same = [pc.equal(narrow[name][1:], narrow[name][:-1]) for name in ("source", "uid")]
+        again[1:] = pc.and_(*same).to_numpy()
+    del narrow
+    if again.any():
+        order = order.take(pa.array(_choose(table, order, again)))
+    columns = dict(zip(table.column_names, table.columns))
+    del table
+    return admit(pa.table({name: columns.pop(name).take(order) for name in list(columns)}), spec)
+
+
+def _choose(table: pa.Table, order: pa.Array, again: Any) -> Any:
+    """Return which places of `order` stay, where `again` marks rows of the same object as the row before."""
+    keep = ~again
+    firsts = np.flatnonzero(keep)
+    ends = np.append(firsts[1:], len(again))
+    names = ["uid", "source", "status", "fingerprint", "rank", "asset_sha256", "lengths", "crc32s"]
+    for group in np.flatnonzero(ends - firsts > 1):
+        first, end = int(firsts[group]), int(ends[group])
+        rows = table.select(names).take(order.slice(first, end - first)).to_pylist()
+        keep[first], keep[first + _first_of(rows)] = False, True
+    return np.flatnonzero(keep)
+
+
+def _first_of(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return the row that counts of one object's, samples and young rows first.
+
+    Raises:
+        UserError: if they contradict each other.
+    """
+    what = f"asset {rows[0]['uid']!r} of source {rows[0]['source']}"
+    if len({row["fingerprint"] for row in rows}) > 1:
+        raise UserError(
+            f"{what} was rendered under two fingerprints, by two specs or releases; "
+            "name the spec to publish with SPEC= (and the SET= that it was rendered with)"
+        )
+    samples = [row for row in rows if row["status"] == "sample"]
+    if len(samples) < 2:
+        return 0
+    # A file that changed was rendered again by a later delta; copies of a compaction do not tell the order.
+    made = [row for row in samples if row["rank"] < COMPACT_RANK] or samples
+    newest = [row["asset_sha256"] for row in made if row["rank"] == made[0]["rank"]]
+    chosen = [i for i, row in enumerate(samples) if row["asset_sha256"] == newest[0]]
+    contents = {(tuple(samples[i]["lengths"]), tuple(samples[i]["crc32s"])) for i in chosen}
+    if len(contents) > 1 or len(set(newest)) > 1:
+        raise UserError(f"{what} has two different samples under one fingerprint; name the spec to publish with SPEC=")
+    return chosen[0]
 
 
 def admit(table: pa.Table, spec: DatasetSpec) -> pa.Table:
-    """Withdraw the samples that the spec's rules on pictures refuse, then the duplicates among the others."""
+    """Withdraw the samples that the spec's rules refuse, then the duplicates among the others.
+
+    Args:
+        table: one row an object; with the columns of `prepare`, or those of `STABLE` alone.
+    """
     rules, refused = spec.admission, dict[int, Refusal]()
-    admitted, hashes = list[int](), list[str | None]()
-    for row, (status, text) in enumerate(zip(table["status"].to_pylist(), table["quality"].to_pylist())):
-        if status != "sample":
-            continue
-        record = json.loads(text) if text else {}
-        record = record if isinstance(record, dict) else {}
-        refusal = judge(record, rules)
-        if refusal is not None:
-            refused[row] = refusal
-            continue
-        admitted.append(row)
-        hashes.append(record["phash"] if is_hash(record.get("phash")) else None)
+    live = pc.equal(table["status"], "sample").to_numpy(zero_copy_only=False)
+    for row, refusal in _judged(table, rules):
+        if live[row]:
+            refused.setdefault(row, refusal)
     if rules.duplicate_distance is not None:
-        refused |= _duplicates(table, admitted, hashes, rules.duplicate_distance)
-    return _withdraw(table, refused) if refused else table
+        live[list(refused)] = False
+        rows = [int(row) for row in np.flatnonzero(live)]
+        refused |= _duplicates(table, rows, _hashes(table, rows), rules.duplicate_distance)
+    table = table.select(STABLE.names)
+    return withdraw(table, refused) if refused else table
+
+
+def _judged(table: pa.Table, rules: AdmissionSpec) -> Iterator[tuple[int, Refusal]]:
+    """Yield (row, refusal) by licence, then by size, then by what `prepare` found."""
+    reasons = {text: licence_admits(rules.licenses, text) for text in pc.unique(table["license"]).to_pylist()}
+    refused = [text for text, reason in reasons.items() if reason is not None]
+    if refused:
+        for row in _places(pc.is_in(table["license"], pa.array(refused, pa.string()))):
+            yield row, Refusal(FailureKind.LICENCE_EXCLUDED, str(reasons[table["license"][row].as_py()]))
+    for row in _places(pc.greater(table["asset_bytes"], rules.max_asset_bytes)):
+        found = table["asset_bytes"][row].as_py()
+        message = f"{found} bytes; at most {rules.max_asset_bytes} are allowed (admission.max_asset_bytes)"
+        yield row, Refusal(FailureKind.TOO_LARGE, message)
+    if "refused_kind" in table.column_names:
+        for row in _places(pc.is_valid(table["refused_kind"])):
+            kind, message = table["refused_kind"][row].as_py(), table["refused_message"][row].as_py()
+            yield row, Refusal(FailureKind(kind), message)
+
+
+def _places(mask: Any) -> list[int]:
+    return [int(i) for i in np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False))]
+
+
+def _hashes(table: pa.Table, rows: Sequence[int]) -> list[str | None]:
+    found = pc.extract_regex(table["quality"].cast(pa.large_string()), r'"phash":"(?P<hash>[0-9a-f]{64})"')
+    texts = pc.struct_field(found, "hash").take(pa.array(rows, pa.int64())).to_pylist()
+    return [text if is_hash(text) else None for text in texts]
 
 
 def _duplicates(
@@ -149,7 +375,7 @@ def _duplicates(
     return out
 
 
-def _withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
+def withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
     """Return the table with these rows turned from samples into failures; what they measured stays as evidence."""
     hit = np.zeros(table.num_rows, bool)
     hit[list(refused)] = True
@@ -171,9 +397,31 @@ def _withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
     return table
 
 
-def to_parquet(table: pa.Table) -> tuple[bytes, str]:
-    """Return the file of a manifest and its sha256."""
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"schema": str(SCHEMA)}), sink, compression="zstd")
-    data = sink.getvalue()
-    return data, hashlib.sha256(data).hexdigest()
+def write_manifest(store: Store, table: pa.Table) -> tuple[str, int]:
+    """Store the file of a manifest under its digest; return digest and length.
+
+    Raises:
+        UserError: if other bytes stand there.
+    """
+    handle, name = tempfile.mkstemp(prefix="lrm-manifest-", suffix=".parquet")
+    os.close(handle)
+    path = Path(name)
+    try:
+        schema = STABLE.with_metadata({"schema": str(SCHEMA)})
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            for start in range(0, max(1, table.num_rows), _ROWS_PER_GROUP):
+                part = table.slice(start, _ROWS_PER_GROUP).cast(STABLE).replace_schema_metadata(schema.metadata)
+                writer.write_table(part)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        num_bytes, key = path.stat().st_size, manifest_key(sha256)
+        if store.size(key) is None:
+            store.create_blob(key, path, num_bytes)
+        if store.sha256(key) != (sha256, num_bytes):
+            raise UserError(
+                f"corpus {store.url}: {key} is damaged: it holds other bytes than this version's; "
+                "move it away and publish again"
+            )
+        return sha256, num_bytes
+    finally:
+        path.unlink(missing_ok=True)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.receipt import member_index
+from pipeline.manifest import STABLE
+from pipeline.receipt import member_index, quality_of
 from pipeline.sample import SampleError, SampleHeader, parse_sample_json
 from pipeline.shard import DamagedDataError, check_part, member_name, shard_key
 from pipeline.store import Store, open_store
 from pipeline.version import Version, open_rows, open_version
 
 __all__ = ["DamagedDataError", "VersionReader", "ViewsRead"]
+
+_HEAVY = ("quality", "message", "failure_kind", "retryable")
+"""Columns of failures, and the bulkiest one: a million quality records have 0.8 GB, and a training run reads none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,19 +39,27 @@ class VersionReader:
     """Reads one version of a corpus. Safe to share between threads; pickles as its URL and number.
 
     Attributes:
-        rows: one row a sample (failures and tombstones left out), sorted by source and uid.
+        rows: one row a sample (failures and tombstones left out), sorted by source and uid; `quality` stands apart.
     """
 
     def __init__(self, store: Store, version: Version) -> None:
         self.store = store
         self.version = version
-        rows = open_rows(store, version)
-        self.num_failures = rows.num_rows
-        rows = rows.filter(pc.equal(rows["status"], "sample"))
-        self.num_failures -= rows.num_rows
-        if version.tombstones:
-            rows = rows.filter(pc.invert(pc.is_in(rows["uid"], pa.array(sorted(version.tombstones)))))
-        self.rows: pa.Table = rows.combine_chunks()
+        self.rows = self._live(tuple(name for name in STABLE.names if name not in _HEAVY))
+        self.num_failures = int(version.counts["planned"]) - self.rows.num_rows
+
+    def _live(self, columns: Sequence[str]) -> pa.Table:
+        rows = open_rows(self.store, self.version, list(dict.fromkeys((*columns, "status", "uid"))))
+        live = pc.equal(rows["status"], "sample")
+        if self.version.tombstones:
+            live = pc.and_not(live, pc.is_in(rows["uid"], pa.array(sorted(self.version.tombstones))))
+        if not pc.all(live).as_py():
+            rows = rows.filter(live)
+        return rows.select(columns).combine_chunks()
+
+    def quality(self) -> list[dict[str, Any]]:
+        """Return the quality record of each row, without the figures of single views; reads the manifest again."""
+        return [quality_of(row) for row in self._live(("quality",)).to_pylist()]
 
     @classmethod
     def open(cls, corpus: str, version: int | None = None) -> VersionReader:

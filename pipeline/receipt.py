@@ -5,18 +5,23 @@
 A row tells all that is known of one object: the asset, then either where its sample lies and how to check it, or why
 there is none. Columns in `VOLATILE` (attempts, seconds, worker, dates, log tails) differ from run to run; they stay in
 the receipt and never reach a manifest, so that a corpus built twice gives one manifest digest.
+
+The footer tells the counts, so `tally` learns where a shard stands from the last 16 KB of its receipt: a receipt of 64
+objects has 150 KB (it keeps 32 views' figures of each) and takes 2 ms to read in full, its footer 0.1 ms.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
@@ -25,7 +30,7 @@ from pipeline.sample import asset_row
 from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
 from pipeline.spec import canonical_json
 from pipeline.store import Outcome, Store
-from pipeline.types import Failure, Sample
+from pipeline.types import Failure, Sample, UserError
 
 ROWS = pa.schema(
     [
@@ -58,7 +63,8 @@ ROWS = pa.schema(
         ("provenance", pa.string()),  # JSON: worker, device, seconds by stage, fetch date
     ]
 )
-_METADATA = ("schema", "plan_id", "fingerprint", "shard_sha256", "shard_bytes", "planned", "samples")
+_METADATA = ("schema", "plan_id", "fingerprint", "shard_sha256", "shard_bytes", "planned", "samples", "failures")
+_FOOTER_BYTES = 16 * 1024
 VOLATILE = ("attempts", "log_tail", "provenance")
 
 
@@ -71,6 +77,25 @@ class Receipt:
     shard_sha256: str | None
     shard_bytes: int
     rows: pa.Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """The counts of a receipt, by its footer alone.
+
+    Attributes:
+        failures: failures by kind.
+        retryable: how many of them may end otherwise.
+    """
+
+    plan_id: str
+    fingerprint: str
+    planned: int
+    samples: int
+    failures: Mapping[str, int]
+    retryable: int
+    shard_sha256: str | None
+    shard_bytes: int
 
 
 def receipt_key(plan_id: str) -> str:
@@ -105,7 +130,15 @@ def commit_shard(
         shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
         verify_shard(shard.path, shard.index)
         store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
-    data = to_parquet(plan, [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)], shard)
+    rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
+    return commit_rows(store, plan, rows, shard)
+
+
+def commit_rows(
+    store: Store, plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard | None
+) -> tuple[Receipt, bool]:
+    """Create the receipt of a shard that is stored already; return the one that counts, and whether it is ours."""
+    data = to_parquet(plan, rows, shard)
     outcome = store.create(receipt_key(plan.plan_id), data)
     if outcome is Outcome.CONFLICT:
         return load(store, plan.plan_id), False
@@ -148,6 +181,8 @@ def _row(plan: ShardPlan, result: Sample | Failure, shard: Shard | None, i: int)
 def to_parquet(plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard | None) -> bytes:
     """Return the file of a receipt."""
     num_samples = sum(row["status"] == "sample" for row in rows)
+    kinds = Counter(row["failure_kind"] for row in rows if row["status"] == "failure")
+    failures = {"kinds": dict(kinds), "retryable": sum(bool(row.get("retryable")) for row in rows)}
     metadata = {
         "schema": str(SCHEMA),
         "plan_id": plan.plan_id,
@@ -156,9 +191,14 @@ def to_parquet(plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard 
         "shard_bytes": str(shard.num_bytes if shard else 0),
         "planned": str(len(plan.assets)),
         "samples": str(num_samples),
+        "failures": canonical_json(failures).decode(),
     }
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROWS.with_metadata(metadata)), sink, compression="zstd")
+    table = pa.Table.from_pylist(list(rows), schema=ROWS.with_metadata(metadata))
+    # Dictionaries and statistics of so few rows cost more time and bytes than they save.
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
     return sink.getvalue()
 
 
@@ -174,19 +214,18 @@ def load(store: Store, plan_id: str) -> Receipt:
 def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
     """Read the file of a receipt and check it against itself."""
     try:
-        rows = pq.read_table(io.BytesIO(data))
-        stored = rows.schema.metadata or {}
-        metadata = {name: stored.get(name.encode(), b"").decode() for name in _METADATA}
-        check_schema(metadata["schema"], where, f"receipt {plan_id}")
-        rows = rows.select(ROWS.names).cast(ROWS)
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        rows = file.read(columns=ROWS.names, use_threads=False)
+        metadata = _metadata_of(file.metadata.metadata, plan_id, where)
+        rows = rows.select(ROWS.names).replace_schema_metadata(None).cast(ROWS)
         consistent = (
             metadata["plan_id"] == plan_id
             and int(metadata["planned"]) == rows.num_rows
-            and rows["status"].to_pylist().count("sample") == int(metadata["samples"])
+            and pc.sum(pc.equal(rows["status"], "sample")).as_py() == int(metadata["samples"])
         )
         num_bytes = int(metadata["shard_bytes"])
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {error}") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise _unreadable(where, plan_id, error) from None
     if not consistent:
         raise DamagedDataError(f"corpus {where}: receipt {plan_id} contradicts itself")
     return Receipt(
@@ -196,6 +235,67 @@ def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
         shard_bytes=num_bytes,
         rows=rows,
     )
+
+
+def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
+    """Return the counts of a receipt of this length, by one ranged read.
+
+    Raises:
+        DamagedDataError: if the footer is not readable.
+        FileNotFoundError: if there is no such receipt.
+    """
+    start = max(0, num_bytes - _FOOTER_BYTES)
+    tail = store.get_ranges(receipt_key(plan_id), [start], [num_bytes - start])[0] if num_bytes else b""
+    if start and int.from_bytes(tail[-8:-4], "little") + 8 > len(tail):
+        tail = store.get(receipt_key(plan_id))
+    try:
+        metadata = _metadata_of(pq.read_metadata(pa.BufferReader(tail)).metadata, plan_id, store.url)
+        if not metadata["failures"]:  # written before the footer told them
+            return _tally_of(load(store, plan_id))
+        failures = json.loads(metadata["failures"])
+        found = Tally(
+            plan_id=plan_id,
+            fingerprint=metadata["fingerprint"],
+            planned=int(metadata["planned"]),
+            samples=int(metadata["samples"]),
+            failures={str(kind): int(count) for kind, count in failures["kinds"].items()},
+            retryable=int(failures["retryable"]),
+            shard_sha256=metadata["shard_sha256"] or None,
+            shard_bytes=int(metadata["shard_bytes"]),
+        )
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(store.url, plan_id, error) from None
+    if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned:
+        raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} contradicts itself")
+    return found
+
+
+def _tally_of(receipt: Receipt) -> Tally:
+    rows = receipt.rows
+    kinds = Counter(rows["failure_kind"].drop_null().to_pylist())
+    return Tally(
+        plan_id=receipt.plan_id,
+        fingerprint=receipt.fingerprint,
+        planned=rows.num_rows,
+        samples=rows.num_rows - sum(kinds.values()),
+        failures=dict(kinds),
+        retryable=pc.sum(rows["retryable"]).as_py() or 0,
+        shard_sha256=receipt.shard_sha256,
+        shard_bytes=receipt.shard_bytes,
+    )
+
+
+def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str) -> dict[str, str]:
+    metadata = {name: (stored or {}).get(name.encode(), b"").decode() for name in _METADATA}
+    check_schema(metadata["schema"], where, f"receipt {plan_id}")
+    return metadata
+
+
+def _unreadable(where: str, plan_id: str, error: Exception) -> Exception:
+    if isinstance(error, UserError | DamagedDataError):
+        return error
+    text = str(error).split("\n", 1)[0]
+    return DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {text}")
 
 
 def member_index(row: Mapping[str, Any]) -> MemberIndex:
@@ -213,11 +313,16 @@ def member_index(row: Mapping[str, Any]) -> MemberIndex:
             lengths=tuple(row["lengths"]),
             crc32s=tuple(row["crc32s"]),
         )
-    except (TypeError, KeyError) as error:
+    except DamagedDataError as error:
+        raise DamagedDataError(f"row of {row.get('uid')!r}: {error}") from None
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise DamagedDataError(f"row of {row.get('uid')!r} has no usable member index: {error}") from None
 
 
 def quality_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quality record of a row; empty for a failure."""
-    value = json.loads(row["quality"]) if row["quality"] else {}
+    try:
+        value = json.loads(row["quality"]) if row["quality"] else {}
+    except (ValueError, RecursionError) as error:
+        raise DamagedDataError(f"row of {row.get('uid')!r}: its quality record is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}

@@ -6,41 +6,73 @@ Everything below rests on one operation, create-if-absent, and on its four outco
     created          -                                CREATED
     already exists   bytes there are ours             SAME      (our reply was lost, or an equal attempt won)
     already exists   bytes differ                     CONFLICT  (read the winner, adopt it)
-    lost, 5xx, cut   read back: ours / other / none   CREATED / CONFLICT / try again, then UnknownOutcome
+    already exists   nothing there                    try again (S3 says 409 where two writers meet)
+    lost, 5xx, cut   read back: ours / other / none   CREATED / CONFLICT / try again
+    any of these     cannot be read back              UnknownOutcomeError
 
 Nothing is ever overwritten and nothing is deleted on doubt. A store that accepts the precondition and ignores it would
 break every promise at once, so `probe` creates a random key twice at start and refuses the store unless the second is
-turned down. Retries with backoff and jitter happen in obstore's client, configured here and nowhere else.
+turned down. `pipeline.backends` tells what obstore tries again by itself; the loop in `_create` does the rest, and
+there is no third place.
 
-Any URL that obstore opens is a corpus: a folder, `s3://`, `gs://`, `az://`, `memory://`. Endpoint, region and
-credentials come from the usual environment variables (AWS_ENDPOINT_URL, AWS_REGION, ...) and are never logged.
+Blobs of MULTIPART_BYTES and more go to a remote store in parts, so that a shard is neither read into memory whole nor
+lost to one bad connection. S3 could complete such an upload on a condition, but obstore offers none: a blob is looked
+for first, and two writers that both find nothing put the same bytes under the name that is their digest. An upload that
+fails is aborted; what a killed writer leaves is found by `sweep_uploads`.
+
+Any URL that obstore opens is a corpus: a folder (`pipeline.folder` writes it), `s3://`, `gs://`, `az://`, `memory://`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import random
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    NotFoundError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, MemoryStore
 
+from pipeline import folder, uploads
+from pipeline.backends import open_backend, short_error
 from pipeline.types import UserError
 
-RETRY_TIMEOUT_S = 60.0
-CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 120.0
-MAX_CREATE_TRIES = 3
+MAX_CREATE_TRIES = 4
+CREATE_BACKOFF_S = 0.2
+MULTIPART_BYTES = 32 * 2**20
+PART_BYTES = 16 * 2**20
+READ_BYTES = 32 * 2**20
+_UPLOAD_THREADS = 4
+_READ_THREADS = 8
+_PROBE = ".probe/"
+_KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+_TAKEN = (AlreadyExistsError, PreconditionError, FileExistsError)
+_ABSENT = (NotFoundError, FileNotFoundError)
+_REFUSED = (PermissionDeniedError, UnauthenticatedError, InvalidPathError, NotSupportedError, ValueError)
+_ANY = (BaseError, OSError)
 
 _memory_stores: dict[str, Any] = {}  # memory:// lives as long as the process: for tests of one process
+_pools: dict[int, ThreadPoolExecutor] = {}  # by process id: threads do not survive a fork
 
 
 class StoreError(Exception):
@@ -56,7 +88,7 @@ class UnknownOutcomeError(StoreError):
 
 
 class Outcome(Enum):
-    """What became of a create-if-absent."""
+    """What became of a create-if-absent; the fourth outcome, unknown, is UnknownOutcomeError."""
 
     CREATED = "created"
     SAME = "same"
@@ -88,46 +120,97 @@ class Store:
 
         Raises:
             UnknownOutcomeError: if neither the reply nor a read-back tells what happened.
+            StoreError: if the store refuses, or went on failing and holds nothing of that key.
         """
-        for attempt in range(MAX_CREATE_TRIES):
-            try:
-                obstore.put(self.backend, key, data, mode="create", use_multipart=False)
-                return Outcome.CREATED
-            except (AlreadyExistsError, PreconditionError):
-                return Outcome.SAME if self.get(key) == data else Outcome.CONFLICT
-            except (BaseError, OSError) as error:
-                lost = error
-            found = self._read_back(key, lost)
-            if found is not None:
-                return Outcome.CREATED if found == data else Outcome.CONFLICT
-            time.sleep(0.2 * 2**attempt)
-        raise StoreError(f"{self.url}: creating {key} failed {MAX_CREATE_TRIES} times: {_short(lost)}") from lost
+        return self._create(key, lambda: self._put(key, data), lambda: self.get(key) == data)
 
-    def _read_back(self, key: str, lost: Exception) -> bytes | None:
+    def create_blob(self, key: str, path: Path, num_bytes: int) -> Outcome:
+        """Put a content-addressed file if absent. What is found under its name is read and compared.
+
+        Args:
+            path: the file, which nobody may change afterwards: a folder may link it rather than copy it.
+
+        Returns:
+            CREATED or SAME.
+
+        Raises:
+            UnknownOutcomeError, StoreError: as `create`; also if other bytes stand under that name.
+        """
+        digest: list[str] = []
+
+        def same() -> bool:
+            if self.size(key) not in (None, num_bytes):
+                return False
+            found = self.sha256(key)
+            digest[:] = digest or [_sha256_of(path)]
+            return found == (digest[0], num_bytes)
+
+        outcome = self._create(key, lambda: self._put_file(key, path, num_bytes), same)
+        if outcome is Outcome.CONFLICT:
+            raise StoreError(
+                f"{self.url}: {key} is there with {self.size(key)} bytes that are not the {num_bytes} of its name; "
+                "it was left alone: move it away and run the same command again"
+            )
+        return outcome
+
+    def _put(self, key: str, data: bytes) -> None:
+        if self.local_root is not None:
+            folder.create_bytes(self._path(key), data)
+        else:
+            obstore.put(self.backend, key, data, mode="create", use_multipart=False)
+
+    def _put_file(self, key: str, path: Path, num_bytes: int) -> None:
+        if self.local_root is not None:
+            folder.create_file(self._path(key), path, num_bytes)
+        elif num_bytes < MULTIPART_BYTES or isinstance(self.backend, MemoryStore):
+            obstore.put(self.backend, key, path, mode="create", use_multipart=False)
+        elif self.size(key) is not None:
+            raise AlreadyExistsError(key)
+        else:
+            obstore.put(
+                self.backend, key, path, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=_UPLOAD_THREADS
+            )
+            if (found := self.size(key)) != num_bytes:
+                raise OSError(f"{found} of {num_bytes} bytes arrived")
+
+    def _path(self, key: str) -> Path:
+        assert self.local_root is not None
+        if not _KEY.fullmatch(key) or ".." in key.split("/"):
+            raise InvalidPathError(f"{key!r} is not a key")
+        return self.local_root / key
+
+    def _create(self, key: str, put: Callable[[], None], same: Callable[[], bool]) -> Outcome:
+        """Run `put` until it or `same`, which reads back and compares, tells what happened."""
+        tries = 1 if self.local_root is not None else MAX_CREATE_TRIES
+        error: Exception | None = None
+        for attempt in range(tries):
+            if attempt:
+                time.sleep(random.uniform(0.5, 1.0) * CREATE_BACKOFF_S * 3 ** (attempt - 1))
+            try:
+                put()
+                return Outcome.CREATED
+            except _REFUSED as refusal:
+                raise StoreError(f"{self.url}: creating {key} was refused: {short_error(refusal)}") from None
+            except (*_ANY, StoreError) as lost:
+                error = lost
+            ours = self._is_ours(key, same, error)
+            if ours is not None:
+                taken = isinstance(error, _TAKEN)
+                return (Outcome.SAME if taken else Outcome.CREATED) if ours else Outcome.CONFLICT
+        assert error is not None
+        times = f" {tries} times" if tries > 1 else ""
+        raise StoreError(f"{self.url}: creating {key} failed{times}: {short_error(error)}") from None
+
+    def _is_ours(self, key: str, same: Callable[[], bool], lost: Exception) -> bool | None:
         try:
-            return self.get(key)
+            return same()
         except FileNotFoundError:
             return None
         except StoreError as error:
             raise UnknownOutcomeError(
-                f"{self.url}: whether {key} was created is not known ({_short(lost)}; reading back: {error}). "
+                f"{self.url}: whether {key} was created is not known ({short_error(lost)}; reading back: {error}). "
                 "Nothing was deleted; run the same command again."
-            ) from lost
-
-    def create_blob(self, key: str, path: Path, num_bytes: int) -> Outcome:
-        """Put a content-addressed file if absent. An object of that name and length is taken for it."""
-        try:
-            obstore.put(self.backend, key, path, mode="create", use_multipart=False)
-            return Outcome.CREATED
-        except (AlreadyExistsError, PreconditionError):
-            pass
-        except (BaseError, OSError) as error:
-            if self.size(key) is None:
-                raise StoreError(f"{self.url}: storing {key} ({num_bytes} bytes) failed: {_short(error)}") from error
-        found = self.size(key)
-        if found != num_bytes:
-            raise StoreError(f"{self.url}: {key} is there with {found} bytes instead of {num_bytes}; it was left alone")
-        return Outcome.SAME
+            ) from None
 
     def get(self, key: str, max_bytes: int | None = None) -> bytes:
         """Return a whole object.
@@ -136,16 +219,12 @@ class Store:
             FileNotFoundError: if there is none.
             StoreError: if it cannot be read, is cut short, or is larger than `max_bytes`.
         """
-        try:
+        with self._reading(key):
             result = obstore.get(self.backend, key)
             size = result.meta["size"]
             if max_bytes is not None and size > max_bytes:
                 raise StoreError(f"{self.url}: {key} has {size} bytes; at most {max_bytes} are allowed")
             data = bytes(result.bytes())
-        except (NotFoundError, FileNotFoundError):
-            raise MissingObjectError(f"{self.url}: there is no {key}") from None
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}: reading {key} failed: {_short(error)}") from error
         if len(data) != size:
             raise StoreError(f"{self.url}: {key} gave {len(data)} of {size} bytes")
         return data
@@ -155,28 +234,49 @@ class Store:
     ) -> list[bytes]:
         """Return several byte ranges of an object; those at most `max_gap_bytes` apart come in one request.
 
+        Joined here and not by obstore, whose own joining aborts with a panic where a store sends less than asked for.
+
         Raises:
             FileNotFoundError, StoreError: as `get`; also if a range comes back with another length.
         """
-        try:
-            parts = obstore.get_ranges(self.backend, key, starts=starts, lengths=lengths, coalesce=max_gap_bytes)
-        except (NotFoundError, FileNotFoundError):
-            raise MissingObjectError(f"{self.url}: there is no {key}") from None
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}: reading ranges of {key} failed: {_short(error)}") from error
-        data = [bytes(part) for part in parts]
-        if [len(part) for part in data] != list(lengths):
-            raise StoreError(f"{self.url}: ranges of {key} came back with other lengths than asked for")
+        spans = join_ranges(starts, lengths, max_gap_bytes)
+        if len(spans) > 1 and self.local_root is None:
+            parts = list(_pool().map(lambda span: self._get_range(key, *span), spans))
+        else:
+            parts = [self._get_range(key, *span) for span in spans]
+        out = []
+        for start, length in zip(starts, lengths, strict=True):
+            part, (begin, _) = next((p, s) for p, s in zip(parts, spans) if s[0] <= start and start + length <= s[1])
+            out.append(part[start - begin : start - begin + length])
+        return out
+
+    def _get_range(self, key: str, start: int, end: int) -> bytes:
+        if start == end:
+            return b""
+        with self._reading(key):
+            data = bytes(obstore.get_range(self.backend, key, start=start, end=end))
+        if len(data) != end - start:
+            raise StoreError(f"{self.url}: {key} gave {len(data)} bytes of its bytes {start} to {end}")
         return data
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except _ABSENT as error:
+            if isinstance(error, StoreError):
+                raise
+            raise MissingObjectError(f"{self.url}: there is no {key}") from None
+        except (*_ANY, ValueError) as error:  # ValueError: a key that is not one
+            raise StoreError(f"{self.url}: reading {key!r} failed: {short_error(error)}") from None
 
     def size(self, key: str) -> int | None:
         """Return the length of an object in bytes, or None if there is none."""
         try:
-            return int(obstore.head(self.backend, key)["size"])
-        except (NotFoundError, FileNotFoundError):
+            with self._reading(key):
+                return int(obstore.head(self.backend, key)["size"])
+        except FileNotFoundError:
             return None
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}: looking for {key} failed: {_short(error)}") from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects under a prefix such as "receipts/". For writers and tools: readers never list."""
@@ -186,21 +286,56 @@ class Store:
                     yield ObjectInfo(
                         key=item["path"], num_bytes=item["size"], modified_s=item["last_modified"].timestamp()
                     )
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}: listing {prefix} failed: {_short(error)}") from error
+        except _ANY as error:
+            raise StoreError(f"{self.url}: listing {prefix} failed: {short_error(error)}") from None
 
     def sha256(self, key: str) -> tuple[str, int]:
-        """Return digest and length of an object, read in pieces."""
-        digest, count = hashlib.sha256(), 0
+        """Return digest and length of an object, read in pieces that each have their own request and time limit."""
+        size = self.size(key)
+        if size is None:
+            raise MissingObjectError(f"{self.url}: there is no {key}")
+        digest = hashlib.sha256()
+        for start in range(0, size, READ_BYTES):
+            digest.update(self._get_range(key, start, min(start + READ_BYTES, size)))
+        return digest.hexdigest(), size
+
+    def sweep_uploads(self, older_than_s: float, *, delete: bool = False) -> Sequence[ObjectInfo]:
+        """Return what killed writers left half-done, and remove it if `delete`.
+
+        That is: unfinished multipart uploads on S3, temporary files in a folder, probe objects everywhere. GCS and
+        Azure cannot tell; their buckets want a lifecycle rule.
+
+        Args:
+            older_than_s: spare what is younger; must exceed the longest upload.
+
+        Returns:
+            One entry each; `num_bytes` of an unfinished upload is 0, since only its parts know.
+
+        Raises:
+            StoreError: if it cannot be listed or removed.
+        """
+        old = time.time() - older_than_s
+        found = [item for item in self.list(_PROBE) if item.modified_s <= old]
         try:
-            for chunk in obstore.get(self.backend, key).stream(min_chunk_size=8 * 2**20):
-                digest.update(chunk)
-                count += len(chunk)
-        except (NotFoundError, FileNotFoundError):
-            raise MissingObjectError(f"{self.url}: there is no {key}") from None
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.url}: reading {key} failed: {_short(error)}") from error
-        return digest.hexdigest(), count
+            for item in found if delete else ():
+                with contextlib.suppress(*_ABSENT):
+                    obstore.delete(self.backend, item.key)
+            if self.local_root is not None:
+                for path in folder.leftovers(self.local_root, older_than_s):
+                    stat = path.stat()
+                    key = path.relative_to(self.local_root).as_posix()
+                    found.append(ObjectInfo(key=key, num_bytes=stat.st_size, modified_s=stat.st_mtime))
+                    if delete:
+                        path.unlink(missing_ok=True)
+            elif urlsplit(self.url).scheme in ("s3", "s3a"):
+                for upload in [one for one in uploads.list_uploads(self.url) if one.started_s <= old]:
+                    key = upload.key.removeprefix(uploads.bucket_and_prefix(self.url)[1])
+                    found.append(ObjectInfo(key=key, num_bytes=0, modified_s=upload.started_s))
+                    if delete:
+                        uploads.abort_upload(self.url, upload)
+        except (*_ANY, uploads.UploadsError) as error:
+            raise StoreError(f"{self.url}: sweeping unfinished uploads failed: {short_error(error)}") from None
+        return found
 
     def probe(self) -> None:
         """Check that the store can be written and honours create-if-absent; refuse it otherwise.
@@ -208,22 +343,46 @@ class Store:
         Raises:
             UserError: in one line, with what to do.
         """
-        key = f".probe/{os.urandom(12).hex()}"
+        key = f"{_PROBE}{os.urandom(12).hex()}"
         try:
             if self.create(key, b"first") is not Outcome.CREATED or self.get(key) != b"first":
                 raise UserError(f"corpus {self.url}: the store lost or changed a probe object; use another store")
             honoured = self.create(key, b"second") is Outcome.CONFLICT and self.get(key) == b"first"
-            obstore.delete(self.backend, key)
-        except (StoreError, BaseError, OSError) as error:
+        except (StoreError, *_ANY) as error:
             raise UserError(
-                f"corpus {self.url}: the store cannot be reached or written ({_short(error)}); "
+                f"corpus {self.url}: the store cannot be reached or written ({short_error(error)}); "
                 "check the URL, its endpoint and region, and the credentials in the environment"
-            ) from error
+            ) from None
+        with contextlib.suppress(*_ANY):  # a writer needs no right to delete; what stays is swept with the uploads
+            obstore.delete(self.backend, key)
         if not honoured:
             raise UserError(
                 f"corpus {self.url}: the store ignores create-if-absent (If-None-Match), on which every promise rests; "
                 "use a store that honours it, such as a local folder, S3, GCS or Azure Blob"
             )
+
+
+def join_ranges(starts: Sequence[int], lengths: Sequence[int], max_gap_bytes: int) -> list[tuple[int, int]]:
+    """Return the fewest (start, end) spans that cover these ranges, bridging gaps of at most `max_gap_bytes`."""
+    spans: list[tuple[int, int]] = []
+    for start, length in sorted(zip(starts, lengths, strict=True)):
+        if spans and start <= spans[-1][1] + max_gap_bytes:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], start + length))
+        else:
+            spans.append((start, start + length))
+    return spans
+
+
+def _pool() -> ThreadPoolExecutor:
+    pid = os.getpid()
+    if pid not in _pools:
+        _pools[pid] = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="store-read")
+    return _pools[pid]
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_store(url: str, *, must_exist: bool = False) -> Store:
@@ -239,21 +398,7 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
         return Store(url, _memory_stores.setdefault(url, MemoryStore()), None)
     if scheme in ("", "file"):
         return _open_folder(url, Path(urlsplit(url).path if scheme else url), must_exist)
-    options: dict[str, Any] = {"connect_timeout": f"{CONNECT_TIMEOUT_S}s", "timeout": f"{REQUEST_TIMEOUT_S}s"}
-    if os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://"):
-        options["allow_http"] = True
-    retry: dict[str, Any] = {
-        "max_retries": 8,
-        "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S),
-        "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
-    }
-    try:
-        backend = from_url(url, client_options=options, retry_config=retry)  # type: ignore[call-overload]
-    except (BaseError, OSError, ValueError) as error:
-        raise UserError(
-            f"corpus {url}: cannot be opened: {_short(error)}; use a folder, s3://, gs://, az:// or memory://"
-        ) from None
-    return Store(url, backend, None)
+    return Store(url, open_backend(url), None)
 
 
 def _open_folder(url: str, path: Path, must_exist: bool) -> Store:
@@ -267,9 +412,3 @@ def _open_folder(url: str, path: Path, must_exist: bool) -> Store:
         except OSError as error:
             raise UserError(f"corpus {url}: the folder cannot be made: {error.strerror}") from None
     return Store(str(root), LocalStore(str(root)), root)
-
-
-def _short(error: BaseException) -> str:
-    """Return the first line of an error, bounded: obstore's own texts run over pages with a debug dump."""
-    text = str(error).strip() or type(error).__name__
-    return text.split("\n", 1)[0].split("Debug source:", 1)[0].strip()[:300]

@@ -64,6 +64,7 @@ class FailureKind(StrEnum):
     TRANSPARENT = "transparent"
     BAD_VIEW_COUNT = "bad_view_count"
     DUPLICATE = "duplicate"  # decided where receipts are merged; the message names the one that stays
+    WITHDRAWN = "withdrawn"  # by hand, by a tombstone
     RENDER_TIMEOUT = "render_timeout"
     RENDER_CRASH = "render_crash"
     OUT_OF_MEMORY = "out_of_memory"

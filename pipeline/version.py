@@ -6,29 +6,36 @@
 A plain reader of the listed shards sees all that lies in them: also samples that the manifest withdraws, as duplicates
 or by rules stricter than those they were rendered under. The manifest's rows of status "sample" are the version.
 
+A version that was withdrawn from by hand (a tombstone) hands its tombstones on: later versions leave the objects out
+until the end of the corpus.
+
 Numbers are dense, so the newest is found by probing 1, 2, 4, ... and bisecting: no reader ever lists a bucket.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
 import subprocess
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline import SCHEMA, manifest, plan
+from pipeline import SCHEMA, manifest, plan, verify
+from pipeline.listing import Listing, last_of_each
 from pipeline.plan import PlanSet, check_schema
+from pipeline.quality import Refusal
 from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
 from pipeline.store import Outcome, Store
-from pipeline.types import UserError
+from pipeline.types import FailureKind, UserError
 
 MAX_VERSION_BYTES = 64 * 2**20
 _NOT_IN_DIGEST = ("number", "digest", "parent", "code_commit", "created_at")
@@ -121,8 +128,8 @@ def open_version(store: Store, number: int | None = None) -> Version:
         raise UserError(f"corpus {store.url}: version {number} is malformed: {error!r}") from None
 
 
-def open_rows(store: Store, version: Version) -> pa.Table:
-    """Read the manifest of a version, checked against its digest."""
+def open_rows(store: Store, version: Version, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the manifest of a version, or some columns of it, checked against its digest."""
     try:
         data = store.get(manifest.manifest_key(version.manifest_sha256))
     except FileNotFoundError:
@@ -131,7 +138,21 @@ def open_rows(store: Store, version: Version) -> pa.Table:
         ) from None
     if len(data) != version.manifest_bytes or hashlib.sha256(data).hexdigest() != version.manifest_sha256:
         raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
-    return pa.parquet.read_table(pa.BufferReader(data))
+    return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+
+
+def shards_of(store: Store, number: int) -> list[str]:
+    """Return the digests of a version's shards, by its list for plain readers; a missing list names none."""
+    try:
+        lines = store.get(list_key(number)).decode().split()
+    except FileNotFoundError:
+        return []
+    return [line.removeprefix("shards/").removesuffix(".tar") for line in lines]
+
+
+def list_key(number: int) -> str:
+    """Return the key of the list of shards beside a version."""
+    return f"versions/{number:06d}.shards.txt"
 
 
 def plan_sets(store: Store) -> list[PlanSet]:
@@ -140,53 +161,152 @@ def plan_sets(store: Store) -> list[PlanSet]:
     return [plan.load(store, key.removeprefix("plans/").removesuffix(".parquet")) for key in keys]
 
 
-def publish(store: Store, plans: list[PlanSet], spec: DatasetSpec | None = None) -> tuple[Version, bool]:
-    """Merge the receipts of these plans, check that every shard is there, and create the next version.
+def plans_of(
+    plan_sets: Sequence[PlanSet], spec: DatasetSpec, fingerprint: str
+) -> tuple[list[PlanSet], pa.Table | None]:
+    """Return the plan sets to publish a spec from, and the objects that it planned: its base, and deltas of its name.
+
+    Rows come from every plan of the fingerprint, as a delta refers to what others made. Both are empty if there is no
+    plan of the spec.
+    """
+    mine = [p for p in plan_sets if p.fingerprint == fingerprint]
+    base = spec.plan_set_id(fingerprint)
+    deltas = [p for p in mine if p.kind == "delta" and p.name == spec.name]
+    own = [p for p in mine if p.id == base] + deltas
+    if not own:
+        return [], None
+    if not deltas:
+        return [p for p in mine if p.id == base or p.kind == "compact"], own[0].table
+    own.sort(key=lambda p: p.number)
+    return mine, last_of_each(pa.concat_tables([p.table for p in own]))
+
+
+def verify_version(store: Store, number: int | None = None, *, deep: bool = False) -> verify.Checked:
+    """Check all that a version names: its manifest, its list, its shards.
+
+    Raises:
+        UserError: if the version or its manifest cannot be read.
+    """
+    version = open_version(store, number)
+    rows = open_rows(store, version)
+    found = verify.examine(store, rows, deep=deep)
+    named = sorted(pc.unique(rows["shard_sha256"].drop_null()).to_pylist())
+    if sorted(shards_of(store, version.number)) == named:
+        return found
+    problem = f"{list_key(version.number)} does not list the version's shards"
+    return dataclasses.replace(found, problems=(*found.problems, problem))
+
+
+def publish(
+    store: Store,
+    plans: list[PlanSet],
+    spec: DatasetSpec | None = None,
+    *,
+    listing: Listing | None = None,
+    deep: bool = False,
+) -> tuple[Version, bool]:
+    """Merge the receipts of these plans, check the shards, and create the next version.
 
     Args:
-        spec: what the version records and obeys: its admission rules on pictures, its held-out split. Default the spec
-            that the last of the plans was frozen with.
+        spec: what the version records and obeys: its admission rules, its held-out split. Default the spec that the
+            last of the plans was frozen with.
+        listing: the objects that the version shall hold; default all that the receipts hold.
+        deep: read and decode every sample first; by default every shard is looked for, and new ones are digested where
+            that is cheap.
 
     Returns:
         The version, and whether it is new: publishing the same again returns the newest version unchanged.
 
     Raises:
-        UserError: if nothing is committed, or a shard is missing or has another length.
+        UserError: if nothing is committed, or a shard is missing or damaged.
     """
     if not plans:
         raise UserError(f"corpus {store.url}: there is no plan; run `make render SPEC= CORPUS={store.url}` first")
-    receipts = [r for p in plans for r in manifest.load_receipts(store, [shard.plan_id for shard in p.shards])]
-    if not receipts:
+    made = [p for p in plans if p.kind != "compact"]
+    spec = spec or spec_of_json((made or plans)[-1].spec_json, f"corpus {store.url}: plan {(made or plans)[-1].id}")
+    merged = manifest.merge_plans(store, plans, spec, listing)
+    if not merged.num_receipts:
         raise UserError(f"corpus {store.url}: no shard is committed yet; run `make render CORPUS={store.url}` first")
-    spec = spec or spec_of_json(plans[-1].spec_json, f"corpus {store.url}: plan {plans[-1].id}")
-    table = manifest.merge(receipts, spec)
-    _check_shards(store, table)
-    data, sha256 = manifest.to_parquet(table)
-    _create_same(store, manifest.manifest_key(sha256), data)
+    present = manifest.receipt_sizes(store)
+    planned = [plan_id for p in made for plan_id in p.plan_ids]
     body = {
         "schema": SCHEMA,
         "name": spec.name,
-        "manifest": {"sha256": sha256, "num_bytes": len(data), "num_rows": table.num_rows},
         "spec": spec.model_dump(mode="json"),
-        "fingerprints": sorted({receipt.fingerprint for receipt in receipts}),
+        "fingerprints": list(merged.fingerprints),
+        "producers": sorted({p.producer for p in made if p.producer and p.fingerprint in merged.fingerprints}),
         "license_policy": spec.model_dump(mode="json")["admission"]["licenses"],
-        "counts": _counts(table)
-        | {"shards_planned": sum(len(p.shards) for p in plans), "shards_committed": len(receipts)},
-        "tombstones": [],
+        "counts": {
+            "shards_planned": len(planned),
+            "shards_committed": sum(plan_id in present for plan_id in planned),
+        },
     }
-    return _create_next(store, body, table)
+    return _append(store, lambda newest: (body, merged.table, newest.tombstones if newest else frozenset()), deep=deep)
 
 
-def _create_next(store: Store, body: dict[str, Any], table: pa.Table) -> tuple[Version, bool]:
-    digest = digest_json(body)
-    shards = sorted(set(table["shard_sha256"].drop_null().to_pylist()))
-    text = "".join(f"{shard_key(sha256)}\n" for sha256 in shards).encode()
+def tombstone(store: Store, uids: Sequence[str]) -> tuple[Version, bool]:
+    """Create the next version: the newest, less these objects, which no later version will hold either.
+
+    Their bytes stay in their shards until a compaction copies the others out and a collection removes the shard.
+
+    Raises:
+        UserError: if there is no version, or a uid is in none of its rows.
+    """
+
+    def draft(newest: Version | None) -> Draft:
+        assert newest is not None, "a version was opened before"
+        rows = open_rows(store, newest)
+        known = set(rows["uid"].filter(pc.is_in(rows["uid"], pa.array(list(uids), pa.string()))).to_pylist())
+        missing = [uid for uid in uids if uid not in known | newest.tombstones]
+        if missing:
+            raise UserError(f"corpus {store.url}: version {newest.number} has no object {missing[0]!r}; check UID=")
+        return same_body(newest), rows, newest.tombstones | set(uids)
+
+    open_version(store)
+    return _append(store, draft)
+
+
+def repoint(store: Store, draft: Callable[[Version], pa.Table]) -> tuple[Version, bool]:
+    """Create the next version: the newest one's objects, with rows that `draft` makes of it."""
+
+    def whole(newest: Version | None) -> Draft:
+        assert newest is not None, "a version was opened before"
+        return same_body(newest), draft(newest), newest.tombstones
+
+    open_version(store)
+    return _append(store, whole)
+
+
+Draft = tuple[dict[str, Any], pa.Table, frozenset[str]]
+"""What a version will say (without manifest, counts and tombstones), its rows, and its tombstones."""
+
+
+def same_body(version: Version) -> dict[str, Any]:
+    """Return what a version says besides its number, manifest and tombstones."""
+    left_out = (*_NOT_IN_DIGEST, "manifest", "tombstones")
+    return {name: value for name, value in version.record.items() if name not in left_out}
+
+
+def _append(store: Store, draft: Callable[[Version | None], Draft], *, deep: bool = False) -> tuple[Version, bool]:
+    """Create the next version of what `draft` makes of the newest; drafted anew if another publisher is faster."""
     while True:
         parent = latest_number(store)
         newest = open_version(store, parent) if parent else None
+        body, table, tombstones = draft(newest)
+        table = _bury(table, tombstones)
+        verify.check_shards(store, table, known=shards_of(store, parent) if parent else (), deep=deep)
+        sha256, num_bytes = manifest.write_manifest(store, table)
+        body = body | {
+            "manifest": {"sha256": sha256, "num_bytes": num_bytes, "num_rows": table.num_rows},
+            "counts": body["counts"] | _counts(table),
+            "tombstones": sorted(tombstones),
+        }
+        shards = sorted(pc.unique(table["shard_sha256"].drop_null()).to_pylist())
+        text = "".join(f"{shard_key(shard)}\n" for shard in shards).encode()
+        digest = digest_json(body)
         if newest is not None and newest.digest == digest:
             # A publisher that died between its two writes left the list out.
-            _create_same(store, f"versions/{parent:06d}.shards.txt", text)
+            _create_same(store, list_key(parent), text)
             return newest, False
         number = parent + 1
         record = body | {
@@ -197,9 +317,20 @@ def _create_next(store: Store, body: dict[str, Any], table: pa.Table) -> tuple[V
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         if store.create(version_key(number), canonical_json(record)) is not Outcome.CONFLICT:
-            _create_same(store, f"versions/{number:06d}.shards.txt", text)
+            _create_same(store, list_key(number), text)
             return open_version(store, number), True
         # another publisher took the number: look again, it may even have published the same
+
+
+def _bury(table: pa.Table, tombstones: frozenset[str]) -> pa.Table:
+    if not tombstones:
+        return table
+    dead = pc.and_(
+        pc.equal(table["status"], "sample"), pc.is_in(table["uid"], pa.array(sorted(tombstones), pa.string()))
+    )
+    reason = Refusal(FailureKind.WITHDRAWN, "withdrawn by hand; its bytes go with the next compaction and collection")
+    refused = {int(row): reason for row in pc.indices_nonzero(dead).to_pylist()}
+    return manifest.withdraw(table, refused) if refused else table
 
 
 def _create_same(store: Store, key: str, data: bytes) -> None:
@@ -211,32 +342,21 @@ def _create_same(store: Store, key: str, data: bytes) -> None:
         )
 
 
-def _check_shards(store: Store, table: pa.Table) -> None:
-    sizes = dict(zip(table["shard_sha256"].to_pylist(), table["shard_bytes"].to_pylist()))
-    for sha256, num_bytes in sizes.items():
-        if sha256 is None:
-            continue
-        found = store.size(shard_key(sha256))
-        if found != num_bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(
-                f"corpus {store.url}: {shard_key(sha256)} {state}, its receipt says {num_bytes} bytes; "
-                "nothing was published"
-            )
-
-
 def _counts(table: pa.Table) -> dict[str, Any]:
-    status = table["status"].to_pylist()
-    samples = [i for i, s in enumerate(status) if s == "sample"]
-    sources, licenses = table["source"].to_pylist(), table["license"].to_pylist()
+    samples = table.select(["source", "license", "heldout", "num_views"]).filter(pc.equal(table["status"], "sample"))
+
+    def of(column: Any) -> dict[str, int]:
+        pairs = pc.value_counts(column.combine_chunks()).to_pylist()
+        return {pair["values"]: pair["counts"] for pair in sorted(pairs, key=lambda pair: str(pair["values"]))}
+
     return {
         "planned": table.num_rows,
-        "samples": len(samples),
-        "failures": dict(sorted(Counter(k for k in table["failure_kind"].to_pylist() if k).items())),
-        "views": sum(table["num_views"].drop_null().to_pylist()),
-        "heldout": sum(bool(table["heldout"][i].as_py()) for i in samples),
-        "sources": dict(sorted(Counter(sources[i] for i in samples).items())),
-        "licenses": dict(sorted(Counter(licenses[i] for i in samples).items())),
+        "samples": samples.num_rows,
+        "failures": of(table["failure_kind"].drop_null()),
+        "views": pc.sum(samples["num_views"]).as_py() or 0,
+        "heldout": pc.sum(samples["heldout"]).as_py() or 0,
+        "sources": of(samples["source"]),
+        "licenses": of(samples["license"]),
     }
 
 

@@ -125,6 +125,15 @@ class RenderWorker:
         self._encoders.shutdown()
         self._scratch.close()
 
+    def start(self) -> None:
+        """Start the child, if there is none, and so learn whether its device is there.
+
+        Raises:
+            UserError: as `render`.
+            AssetError: if it does not start.
+        """
+        self._ensure_child()
+
     def render(self, asset: Asset, path: Path | None, *, expected_triangles: int | None = None) -> Sample:
         """Render one asset.
 

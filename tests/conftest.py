@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.sample import encode_rgba
+from pipeline.store import Store, open_store
 from pipeline.types import Asset, Camera, Normalization, Sample, View, derive_seed
 from tests.s3 import BUCKET, s3_server
 
@@ -38,6 +40,18 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"s3://{BUCKET}"
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+_store_names = itertools.count()
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty corpus on each kind of store: what holds on one must hold on all."""
+    if request.param == "folder":
+        return open_store(str(tmp_path / "corpus"))
+    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3_url")
+    return open_store(f"{root}/any-{next(_store_names)}")
 
 
 def orbit_camera(azimuth_rad: float, height: float, distance: float, size_px: int, fov_deg: float = 50.0) -> Camera:

@@ -25,20 +25,44 @@ BUCKET = "corpora"
 START_TIMEOUT_S = 120.0
 
 
-def free_port() -> int:
-    """Return a TCP port below 50000 (SeaweedFS adds 10000 for gRPC) that nobody listens on."""
-    while True:
-        port = 20000 + secrets.randbelow(25000)
-        with socket.socket() as one, socket.socket() as two:
-            if one.connect_ex(("127.0.0.1", port)) and two.connect_ex(("127.0.0.1", port + 10000)):
-                return port
+def free_ports(count: int) -> list[int]:
+    """Return TCP ports that are free, as are those 10000 above, which SeaweedFS takes for gRPC.
+
+    Both lie below 32768, where Linux begins to give ports to outgoing connections.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = 10000 + secrets.randbelow(12000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", port))
+            two.bind(("127.0.0.1", port + 10000))
+            if not {port - 10000, port, port + 10000} & set(ports):
+                ports.append(port)
+    return ports
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Run a server over `folder`; yields the environment variables that a client needs."""
+    """Run a server over `folder`; yields the environment variables that a client needs.
+
+    A server that ends while it starts, such as for a port that was taken meanwhile, is started again with other ports.
+    """
+    for last in (False, False, True):
+        with contextlib.ExitStack() as stack:
+            try:
+                environment = stack.enter_context(_server(folder))
+            except ConnectionAbortedError:
+                if last:
+                    raise
+                continue
+            yield environment
+            return
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
-    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4)))
     keys = {"accessKey": "test-key", "secretKey": secrets.token_hex(16)}
     identity = {"name": "test", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -65,13 +89,17 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl alone
         )
         try:
-            _make_bucket(str(weed), ports["master"], ports["filer"], folder)
+            _make_bucket(str(weed), ports["master"], ports["filer"], folder, server)
             _wait(environment, server)
             yield environment
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+            for port in ports.values():
+                for number in (port, port + 10000):
+                    for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                        path.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:
@@ -79,11 +107,13 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
-def _make_bucket(weed: str, master: int, filer: int, folder: Path) -> None:
+def _make_bucket(weed: str, master: int, filer: int, folder: Path, server: subprocess.Popen[bytes]) -> None:
     command = [weed, "shell", f"-master=127.0.0.1:{master}", f"-filer=127.0.0.1:{filer}"]
     wanted = f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\nexit\n"
     deadline, said = time.monotonic() + START_TIMEOUT_S, ""
     while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise ConnectionAbortedError(f"SeaweedFS ended at once; see {folder / 'weed.log'}")
         # A shell that comes before the filer waits for ever: ask again.
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(

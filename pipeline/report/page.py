@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow.compute as pc
 
 from pipeline.quality import FLAGS
 from pipeline.reader import VersionReader
-from pipeline.receipt import quality_of
 from pipeline.report.figures import write_cameras, write_contact_sheet, write_histogram
 from pipeline.version import open_rows
 
 MAX_OBJECTS = 24
+MAX_MEASURED = 2000
+"""Objects whose single views are looked at, each by one ranged read."""
 MAX_FAILURES = 200
 
 
@@ -66,6 +69,7 @@ def _summary(reader: VersionReader) -> Section:
         ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
         ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {_field_of_view(reader)}"),
         ("licence policy", record["license_policy"]),
+        ("made by", ", ".join(record.get("producers", ()))),
         ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
         ("digest", reader.digest[:12]),
         ("code", record["code_commit"]),
@@ -87,11 +91,7 @@ def _field_of_view(reader: VersionReader) -> str:
 
 
 def _objects(reader: VersionReader, out_dir: Path) -> Section:
-    rows = sorted(
-        {i * len(reader) // MAX_OBJECTS for i in range(MAX_OBJECTS)}
-        if len(reader) > MAX_OBJECTS
-        else range(len(reader))
-    )
+    rows = spread(len(reader), MAX_OBJECTS) if len(reader) > MAX_OBJECTS else list(range(len(reader)))
     write_contact_sheet(reader, rows, out_dir / "contact_sheet.png")
     uids = ", ".join(reader.rows["uid"][row].as_py() for row in rows)
     return Section(title="Objects", images=[("contact_sheet.png", f"one object a line, up to 8 of its views: {uids}")])
@@ -108,8 +108,8 @@ def _cameras(reader: VersionReader, out_dir: Path) -> Section:
 
 
 def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
-    records = [quality_of(row) for row in reader.rows.select(["quality"]).to_pylist()]
-    coverage = [float(value) for record in records for value in record.get("views", {}).get("alpha_coverage", ())]
+    records, by_view = reader.quality(), _by_view(reader)
+    coverage = [float(value) for views in by_view for value in views.get("alpha_coverage", ())]
     triangles = [float(np.log10(max(1, record["num_triangles"]))) for record in records if "num_triangles" in record]
     images = []
     if coverage:
@@ -118,15 +118,32 @@ def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
     if triangles:
         write_histogram(triangles, out_dir / "triangles.png", "log10 of triangles")
         images.append(("triangles.png", "triangles an object"))
-    table = [*_figures(records), *_flags(records)]
+    table = [*_figures(records, by_view), *_flags(records)]
     return Section(title="Quality", images=images, table=table) if images or table else None
 
 
-def _figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _by_view(reader: VersionReader) -> list[Mapping[str, Any]]:
+    """Return the figures of single views by object, which stand in the shards: of all, or of some spread evenly."""
+    rows = range(len(reader)) if len(reader) <= MAX_MEASURED else spread(len(reader), MAX_MEASURED)
+
+    def one(row: int) -> Mapping[str, Any]:
+        views = reader.read_views(row, []).header.metadata["quality"].get("views", {})
+        return views if isinstance(views, Mapping) else {}
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, rows))
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` numbers below `count`, spread evenly."""
+    return sorted({i * count // wanted for i in range(wanted)})
+
+
+def _figures(records: Sequence[Mapping[str, Any]], by_view: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Tell what rendering cost and gave, over all views that tell; where the spec fixes samples, no PSNR is known."""
 
     def of_views(name: str) -> list[float]:
-        return [float(value) for record in records for value in record.get("views", {}).get(name, ())]
+        return [float(value) for views in by_view for value in views.get(name, ())]
 
     out = []
     if samples := of_views("samples"):
@@ -151,9 +168,11 @@ def _flags(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _failures(reader: VersionReader) -> Section:
-    rows = open_rows(reader.store, reader.version).to_pylist()
-    failed = [(row["uid"], f"{row['failure_kind']}: {row['message']}") for row in rows if row["status"] == "failure"]
+    rows = open_rows(reader.store, reader.version, ["uid", "failure_kind", "message"])
+    rows = rows.filter(pc.is_valid(rows["failure_kind"]))
+    first = rows.slice(0, MAX_FAILURES).to_pylist()
+    failed = [(row["uid"], f"{row['failure_kind']}: {row['message']}") for row in first]
     text = "" if failed else "None: every planned object became a sample."
-    if len(failed) > MAX_FAILURES:
-        text = f"The first {MAX_FAILURES} of {len(failed)}."
-    return Section(title="Failures", text=text, table=failed[:MAX_FAILURES])
+    if rows.num_rows > MAX_FAILURES:
+        text = f"The first {MAX_FAILURES} of {rows.num_rows}."
+    return Section(title="Failures", text=text, table=failed)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
+from jobs import produce as produce_module
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, Failure, FailureKind, Sample
+from render import worker as worker_module
 from tests.conftest import make_sample
+
+FAKE_CHILD = Path(__file__).resolve().parents[1] / "render" / "fake_child.py"
 
 
 def produce(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
@@ -31,3 +38,24 @@ def produce_deadly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
     if asset.uid.endswith("2"):
         raise RuntimeError("a bug")
     return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+
+POISON = ("good", "crash", "hang", "bomb", "spam", "kill", "alloc", "good")
+"""What object i of `produce_poison` does: modes of tests/render/fake_child.py; "kill" is the supervisor's own death."""
+
+
+def produce_poison(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Render by the real supervision, in a child that misbehaves as POISON says."""
+    mode = POISON[int(asset.uid.rpartition("-")[2])]
+    if mode == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+        path = Path(f"/nowhere/{mode}.glb")
+        if mode == "hang":
+            spec = spec.model_copy(update={"limits": spec.limits.model_copy(update={"deadline_s": 2.0})})
+        return produce_module._worker(spec, fingerprint).render(replace(asset, uri=str(path), format="glb"), path)
+
+    worker_module.default_command = lambda: [sys.executable, "-P", "-s", str(FAKE_CHILD)]
+    produce_module._attempt = attempt
+    return produce_module.render_asset(spec, fingerprint, asset)

@@ -117,20 +117,6 @@ def test_create_never_overwrites(store: Store) -> None:
     assert store.get("k") == b"one"
 
 
-def test_a_store_that_ignores_preconditions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import obstore
-
-    real = obstore.put
-
-    def careless(store: object, key: str, data: object, **options: object) -> object:
-        options.pop("mode", None)
-        return real(store, key, data, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(obstore, "put", careless)
-    with pytest.raises(UserError, match="ignores create-if-absent"):
-        open_store(str(tmp_path / "c")).probe()
-
-
 def test_damage_is_named(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "corpus"))
     plan = make_plan(store)

@@ -1,0 +1,193 @@
+"""Every byte region of a shard flipped or cut: verification and ranged reads refuse it, or give what was written."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import receipt, version
+from pipeline.reader import DamagedDataError, VersionReader
+from pipeline.sample import SampleError
+from pipeline.shard import BLOCK, MemberIndex, Shard, verify_shard, write_shard
+from pipeline.store import Store, StoreError, open_store
+from pipeline.types import Plane, Sample, UserError
+from tests import corpora
+from tests.conftest import make_sample
+
+
+def small(uid: str) -> Sample:
+    return make_sample(uid, num_views=2, size_px=16)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
+    return write_shard([small("ball-0"), small("ball-2")], tmp_path_factory.mktemp("whole") / "whole.tar")
+
+
+def members(path: Path) -> dict[str, bytes] | None:
+    """What a plain reader of tars finds, or None."""
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            return {one.name: file.read() for one in tar if (file := tar.extractfile(one))}
+    except (tarfile.TarError, OSError, EOFError):
+        return None
+
+
+def regions(shard: Shard) -> Iterator[tuple[str, int]]:
+    """Yield (region, offset) of places to flip: each field of each header, and through each member's data."""
+    fields = {"name": 0, "mode": 100, "uid": 108, "gid": 116, "size": 124, "mtime": 136, "checksum": 148, "type": 156,
+              "link": 157, "magic": 257, "version": 263, "user": 265, "group": 297, "device": 329, "prefix": 345,
+              "pad": 500}  # fmt: skip
+    for entry in shard.index.values():
+        for start, length in zip(entry.offsets, entry.lengths):
+            for name, offset in fields.items():
+                yield name, start - BLOCK + offset
+            for offset in {0, 1, length // 3, length // 2, length - 2, length - 1}:
+                yield "data", start + offset
+            if length % BLOCK:
+                yield "padding", start + length
+    yield "end", shard.num_bytes - 1
+    yield "end", shard.num_bytes - 10000
+
+
+def test_a_flip_anywhere_is_refused(shard: Shard, tmp_path: Path) -> None:
+    path = tmp_path / "flipped.tar"
+    whole = shard.path.read_bytes()
+    refused = 0
+    for region, offset in regions(shard):
+        for bit in (0x01, 0x80):
+            data = bytearray(whole)
+            data[offset] ^= bit
+            path.write_bytes(data)
+            said = ""
+            try:
+                verify_shard(path, shard.index)
+            except DamagedDataError as error:
+                refused, said = refused + 1, str(error)
+            assert said.startswith("flipped.tar"), f"{region} at {offset}: a flipped bit was not seen"
+    assert refused > 200
+
+
+def test_a_cut_anywhere_is_refused(shard: Shard, tmp_path: Path) -> None:
+    """At every block and beside it, so at every member boundary too, where a cut tar is a valid tar."""
+    path = tmp_path / "cut.tar"
+    whole = shard.path.read_bytes()
+    last = list(shard.index.values())[-1]
+    end = last.offsets[-1] + last.lengths[-1]
+    boundaries = {start - BLOCK for entry in shard.index.values() for start in entry.offsets}
+    places = {place + delta for place in range(0, end, BLOCK) for delta in (-1, 0, 1)} | {end - 1}
+    assert boundaries <= places
+    for place in sorted(p for p in places if 0 <= p < end):
+        path.write_bytes(whole[:place])
+        with pytest.raises(DamagedDataError) as info:
+            verify_shard(path, shard.index)
+        assert str(info.value).startswith("cut.tar")
+        if not whole[place:end].strip(b"\0"):
+            continue  # what was cut off were zeros
+        path.write_bytes(whole[:place] + bytes(10240))  # as a writer that was closed in order would leave it
+        with pytest.raises(DamagedDataError):
+            verify_shard(path, shard.index)
+    path.write_bytes(bytes(1024))
+    with pytest.raises(DamagedDataError, match="ball-0 has 0 of 3 members"):
+        verify_shard(path, shard.index)
+
+
+def test_members_that_are_swapped_doubled_or_added_are_refused(shard: Shard, tmp_path: Path) -> None:
+    path = tmp_path / "other.tar"
+    found = members(shard.path)
+    assert found is not None
+    names = list(found)
+    orders = [names[::-1], [names[0], names[0], *names[1:]], [*names, "ball-9.json"], names[3:] + names[:3]]
+    for order in orders:
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name in order:
+                info = tarfile.TarInfo(name)
+                info.size = len(found.get(name, b""))
+                tar.addfile(info, io.BytesIO(found.get(name, b"")))
+        with pytest.raises(DamagedDataError, match=r"other\.tar"):
+            verify_shard(path, shard.index)
+
+
+def test_an_error_page_in_the_place_of_an_image_is_refused(tmp_path: Path) -> None:
+    """The digest fits, since the page is what was written: only decoding tells."""
+    sample = small("ball-0")
+    page = Plane(codec="webp", data=b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>")
+    bad = replace(sample, views=(sample.views[0], replace(sample.views[1], planes={"rgba": page})))
+    shard = write_shard([bad], tmp_path / "page.tar")
+    with pytest.raises(DamagedDataError, match=r"page\.tar: sample ball-0: ball-0\.001\.rgba\.webp"):
+        verify_shard(shard.path, shard.index, decode=True)
+
+
+def test_a_wrong_view_count_and_a_dotted_key_are_refused(tmp_path: Path) -> None:
+    sample = small("ball-0")
+    shard = write_shard([sample], tmp_path / "count.tar")
+    entry = shard.index["ball-0"]
+    fewer = MemberIndex(
+        planes=entry.planes, codecs=entry.codecs, num_views=1, offset=entry.offset, lengths=entry.lengths[:2],
+        crc32s=entry.crc32s[:2],
+    )  # fmt: skip
+    with pytest.raises(DamagedDataError, match=r"count\.tar: sample ball-0: .*2 views"):
+        verify_shard(shard.path, {"ball-0": fewer})
+    with pytest.raises(DamagedDataError, match="needs 5"):
+        replace(entry, num_views=4)
+    with pytest.raises(SampleError):
+        write_shard([replace(sample, views=())], tmp_path / "none.tar")
+    assert "." not in replace(sample.asset, uid="a.b/c.glb").key
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Store:
+    store = open_store(str(tmp_path / "c"))
+    plan = corpora.freeze(store)
+    for one in plan.shards:
+        corpora.commit(store, one)
+    version.publish(store, [plan])
+    return store
+
+
+def test_a_reader_gives_what_was_written_or_names_shard_and_sample(corpus: Store, tmp_path: Path) -> None:
+    """Over a stored shard, flipped or cut in the middle of every block: never another byte, never a short plane."""
+    reader = VersionReader(corpus, version.open_version(corpus))
+    path = tmp_path / "c" / f"shards/{reader.rows['shard_sha256'][0].as_py()}.tar"
+    shutil.copy(path, tmp_path / "whole")
+    whole = path.read_bytes()
+    wanted = {row: reader.read_views(row, [1, 0]).planes for row in range(2)}
+    entries = [receipt.member_index(row) for row in reader.rows.slice(0, 2).to_pylist()]
+    end = entries[-1].offsets[-1] + entries[-1].lengths[-1]
+    harmless = refused = 0
+    for place in range(BLOCK // 2, end, BLOCK // 2):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0x40
+        for data in (bytes(flipped), whole[:place]):
+            path.write_bytes(data)
+            for row, planes in wanted.items():
+                said, found = f"{path.stem}", planes
+                try:
+                    found = reader.read_views(row, [1, 0]).planes
+                    harmless += 1
+                except (DamagedDataError, StoreError) as error:
+                    refused += 1
+                    said = str(error)
+                assert found == planes
+                assert path.stem in said
+                assert "\n" not in said
+    assert refused > 20
+    assert harmless > 20
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "empty"])
+def test_publish_refuses_a_shard_of_another_length(corpus: Store, tmp_path: Path, damage: str) -> None:
+    path = next((tmp_path / "c/shards").iterdir())
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"cut": data[:-1], "longer": data + b"x", "empty": b""}[damage])
+    with pytest.raises(UserError, match=path.stem):
+        version.publish(corpus, version.plan_sets(corpus))
