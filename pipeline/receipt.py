@@ -251,7 +251,7 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
     try:
         metadata = _metadata_of(pq.read_metadata(pa.BufferReader(tail)).metadata, plan_id, store.url)
         if not metadata["failures"]:  # written before the footer told them
-            return _tally_of(load(store, plan_id))
+            return tally_of(load(store, plan_id))
         failures = json.loads(metadata["failures"])
         found = Tally(
             plan_id=plan_id,
@@ -270,7 +270,8 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
     return found
 
 
-def _tally_of(receipt: Receipt) -> Tally:
+def tally_of(receipt: Receipt) -> Tally:
+    """Return the counts of a receipt by its rows."""
     rows = receipt.rows
     kinds = Counter(rows["failure_kind"].drop_null().to_pylist())
     return Tally(
