@@ -109,7 +109,9 @@ class _HashingFile:
 
     def write(self, data: bytes) -> None:
         self.waiting.append(self.hasher.submit(self.digest.update, data))
-        self.raw.write(data)
+        rest = memoryview(data)
+        while rest:  # a raw file may take less than it is given, such as on a disk that is almost full
+            rest = rest[self.raw.write(rest) :]
         self.count += len(data)
         if len(self.waiting) > _QUEUED:
             self.waiting.popleft().result()
