@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from jobs.produce import Producer, check_device, render_asset
 from pipeline import plan as plans
 from pipeline import receipt
-from pipeline.manifest import load_receipts
+from pipeline.manifest import READ_THREADS, receipt_sizes
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.sources import open_source
 from pipeline.spec import DatasetSpec, WorkerSpec
@@ -63,10 +64,10 @@ class Summary:
     views_rendered: int = 0
     elapsed_s: float = 0.0
 
-    def count(self, done: receipt.Receipt) -> None:
-        """Add the rows of a committed shard."""
-        self.samples += done.rows["status"].to_pylist().count("sample")
-        self.failures.update(kind for kind in done.rows["failure_kind"].to_pylist() if kind)
+    def count(self, done: receipt.Tally) -> None:
+        """Add the counts of a committed shard."""
+        self.samples += done.samples
+        self.failures.update(done.failures)
 
     @property
     def accounted(self) -> bool:
@@ -218,15 +219,17 @@ def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
     """Count what is asked for, and the receipts that exist; return the shards that have none."""
     todo: list[ShardPlan] = []
     summary.plan_set = ", ".join(plan.id for plan, _ in work)
+    present = receipt_sizes(store)
     for plan, indexes in work:
         names = plan.plan_ids
-        found = {done.plan_id: done for done in load_receipts(store, [names[i] for i in indexes])}
+        done = [names[i] for i in indexes if names[i] in present]
         summary.shards_asked += len(indexes)
         summary.planned += sum(plan.shard_table(i).num_rows for i in indexes)
-        for done in found.values():
-            summary.shards_done_before += 1
-            summary.count(done)
-        todo += [plan.shards[i] for i in indexes if names[i] not in found]
+        summary.shards_done_before += len(done)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for tally in pool.map(lambda plan_id: receipt.tally(store, plan_id, present[plan_id]), done):
+                summary.count(tally)
+        todo += [plan.shards[i] for i in indexes if names[i] not in present]
     return todo
 
 
@@ -352,11 +355,11 @@ def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) 
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> receipt.Receipt:
-    """Write, verify, store and commit one shard; its results come by reference. Returns the receipt that counts."""
+def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> receipt.Tally:
+    """Write, verify, store and commit one shard; its results come by reference. Returns the counts that count."""
     scratch = ScratchFolder(None, prefix="lrm-shard-")  # also removes what a killed worker left: tars are large
     try:
-        return receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[0]
+        return receipt.tally_of(receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[0])
     finally:
         scratch.close()
 
