@@ -229,8 +229,11 @@ def sample_metadata(sample: Sample) -> dict[str, Any]:
     }
 
 
-def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+def sample_members(sample: Sample, metadata: Mapping[str, Any] | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield (member name, bytes) of a sample in the order of the shard.
+
+    Args:
+        metadata: `sample_metadata` of it, where the caller has it: it costs a CRC-32 of every plane.
 
     Raises:
         SampleError: if view indexes are not 0..N-1 or views differ in their planes.
@@ -242,7 +245,7 @@ def sample_members(sample: Sample) -> Iterator[tuple[str, bytes]]:
     names = list(sample.views[0].planes)
     if "rgba" not in names or any(list(view.planes) != names for view in sample.views):
         raise SampleError(f"{sample.key}: planes {names} lack rgba or differ between views")
-    yield f"{sample.key}.json", canonical_json(sample_metadata(sample))
+    yield f"{sample.key}.json", canonical_json(sample_metadata(sample) if metadata is None else metadata)
     for view in sample.views:
         for name, plane in view.planes.items():
             yield f"{sample.key}.{view.index:03d}.{name}.{plane.codec}", plane.data

@@ -55,8 +55,8 @@ def list_uploads(url: str) -> Iterator[Upload]:
         for item in root.iter("Upload"):
             key = item.findtext("Key", "")
             if key.startswith(prefix):
-                started = datetime.datetime.fromisoformat(item.findtext("Initiated", "").replace("Z", "+00:00"))
-                yield Upload(key=key, upload_id=item.findtext("UploadId", ""), started_s=started.timestamp())
+                started_s = _seconds(item.findtext("Initiated", ""))
+                yield Upload(key=key, upload_id=item.findtext("UploadId", ""), started_s=started_s)
         if root.findtext("IsTruncated") != "true":
             return
         previous, marks = marks, {
@@ -78,6 +78,13 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     prefix = parts.path.strip("/")
     return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _seconds(text: str) -> float:
+    try:
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        raise UploadsError(f"the list of unfinished uploads holds {text[:40]!r} for a time") from None
 
 
 def _parse(data: bytes) -> ElementTree.Element:

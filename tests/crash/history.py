@@ -11,15 +11,15 @@ if it may remove objects, take them out of `self.stored` there; whatever else go
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from pipeline import garbage, receipt, version
 from pipeline import plan as plans
-from pipeline import receipt, version
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.reader import VersionReader
 from pipeline.store import open_store
@@ -30,11 +30,17 @@ from tests.crash.work import THINGS, install
 
 _names = itertools.count()
 Result = tuple[str, ...]
-"""("failure", kind), or ("sample", fingerprint, uids of its shard's samples): where a sample lies follows from it."""
+"""("failure", kind), or ("sample", variant): a renderer that is not reproducible makes one of two."""
 
 
 class Crash(BaseException):
     """The process is gone: nothing that was to follow happens."""
+
+
+def ball(uid: str, fingerprint: str, variant: int) -> Sample:
+    """Return the sample of a ball in one of its two variants, which have so many views."""
+    made = corpora.ball(uid, fingerprint)
+    return replace(made, views=made.views[:variant])
 
 
 @dataclass(slots=True)
@@ -144,8 +150,23 @@ class History(RuleBasedStateMachine):
         assert reader.num_failures == len(shown) - len(samples)
         if samples:
             row = data.draw(st.integers(0, len(samples) - 1), label="row")
-            made = corpora.ball(samples[row], "f")
-            assert [p["rgba"] for p in reader.read_views(row, [1]).planes] == [made.views[1].planes["rgba"].data]
+            made = ball(samples[row], "f", int(shown[samples[row]][1]))
+            found = reader.read_views(row, range(len(made.views)))
+            assert [p["rgba"] for p in found.planes] == [view.planes["rgba"].data for view in made.views]
+            assert len(found.header.cameras) == len(made.views)
+
+    @rule()
+    def collect(self) -> None:
+        """Delete what nothing names, at once: orphans of crashes may go, what a receipt or a version names may not."""
+        named = {f"manifests/{version.open_version(self.store, i + 1).manifest_sha256}.parquet"
+                 for i in range(len(self.model.versions))}  # fmt: skip
+        for plan_id in self.model.committed:
+            done = receipt.load(self.store, plan_id)
+            named |= {receipt.receipt_key(plan_id)} | {f"shards/{done.shard_sha256}.tar"}
+        gone = {item.key for item in garbage.collect(self.store, grace_s=0, delete=True).items}
+        assert not gone & named
+        assert all(key.startswith(("shards/", "manifests/")) for key in gone)
+        self.stored = {key: size for key, size in self.stored.items() if key not in gone}
 
     @invariant()
     def nothing_changes_or_goes(self) -> None:
@@ -179,19 +200,21 @@ class History(RuleBasedStateMachine):
         uids = [asset.uid for asset in shard.assets]
         failing = data.draw(st.sets(st.sampled_from(uids)), label="failing")
         kind = data.draw(st.sampled_from([FailureKind.EMPTY_SCENE, FailureKind.RENDER_CRASH]), label="kind")
+        variant = data.draw(st.sampled_from([1, 2, 2, 2]), label="variant")
         results: dict[str, Sample | Failure] = {}
         for uid in uids:
-            made = corpora.ball(uid, shard.fingerprint)
+            made = ball(uid, shard.fingerprint, variant)
             results[uid] = Failure(uid=uid, kind=kind, message="as drawn") if uid in failing else made
         return shard, results
 
     def _note(self, shard: ShardPlan, results: dict[str, Sample | Failure]) -> None:
         """Remember a commit, unless one was there before."""
-        samples = [uid for uid, result in results.items() if isinstance(result, Sample)]
-        place = ("sample", shard.fingerprint, *samples)
         self.model.committed.setdefault(
             shard.plan_id,
-            {uid: ("failure", r.kind.value) if isinstance(r, Failure) else place for uid, r in results.items()},
+            {
+                uid: ("failure", r.kind.value) if isinstance(r, Failure) else ("sample", str(len(r.views)))
+                for uid, r in results.items()
+            },
         )
 
     def _agrees(self, shard: ShardPlan, done: receipt.Receipt) -> None:

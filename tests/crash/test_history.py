@@ -9,7 +9,7 @@ from tests.crash.history import run_history
 
 
 def test_histories_agree_with_the_model() -> None:
-    run_history(examples=25, steps=20, seed=1)
+    run_history(examples=25, steps=20, seed=1, shrink=False)
 
 
 def test_a_store_that_overwrites_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,7 @@ def test_the_independent_checker_finds_nothing(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.integers(0, 99), min_size=1))
+@settings(deadline=None)
 def test_shard_lists_round_trip(chosen: set[int]) -> None:
     assert plans.parse_shards(",".join(map(str, chosen)), 100) == sorted(chosen)
 
