@@ -28,16 +28,16 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.produce import Producer, render_asset
+from jobs.produce import Producer, producer_of
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import load_receipts
 from pipeline.plan import PlanSet, ShardPlan
-from pipeline.sources import open_source
+from pipeline.redistribution import licenses_of_source, refuse_public
+from pipeline.sources import list_assets
 from pipeline.spec import DatasetSpec, WorkerSpec
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
-from render import producer
 from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
@@ -100,8 +100,8 @@ class _OpenShard:
 
 
 def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
-    """Return the frozen plan of a spec for this machine's renderer, making it if there is none."""
-    return plans.freeze(store, spec, spec.fingerprint(producer()), open_source(spec).list_assets)
+    """Return the frozen plan of a spec for this machine's producer, making it if there is none."""
+    return plans.freeze(store, spec, spec.fingerprint(producer_of(spec)[1]), lambda: list_assets(spec))
 
 
 def build(
@@ -109,14 +109,14 @@ def build(
     corpus: str,
     shards: str = "all",
     *,
-    produce: Producer = render_asset,
+    produce: Producer | None = None,
     show_progress: bool = True,
 ) -> Summary:
-    """Render the asked shards of a dataset into a corpus, skipping those already committed.
+    """Render or ingest the asked shards of a dataset into a corpus, skipping those already committed.
 
     Args:
         shards: "all", "7", "0-63" or "3,9": indexes of the frozen plan.
-        produce: what turns an asset into a result; tests pass one without Blender.
+        produce: what turns an asset into a result, default the spec's; tests pass one without Blender.
 
     Raises:
         UserError: in one line, for a spec, store or shard list that cannot be used.
@@ -125,6 +125,8 @@ def build(
     begun = time.monotonic()
     store = open_store(corpus)
     store.probe()
+    refuse_public(store, licenses_of_source(spec), f"spec {spec.name}")
+    _check_workers(spec)
     plan = freeze_plan(spec, store)
     asked = [plan.shards[i] for i in plans.parse_shards(shards, len(plan.shards))]
     summary = Summary(corpus=store.url, plan_set=plan.id, fingerprint=plan.fingerprint, shards_asked=len(asked))
@@ -132,9 +134,17 @@ def build(
     todo = _skip_committed(store, asked, summary)
     if todo:
         with _ray_session(spec), _progress(summary, show_progress) as bar:
-            _Driver(spec, store, plan.fingerprint, produce, summary, bar).run(todo)
+            _Driver(spec, store, plan.fingerprint, produce or producer_of(spec)[0], summary, bar).run(todo)
     summary.elapsed_s = time.monotonic() - begun
     return summary
+
+
+def _check_workers(spec: DatasetSpec) -> None:
+    if spec.is_captured and spec.workers.device != "cpu":
+        raise UserError(
+            f"spec {spec.name}: workers.device is {spec.workers.device!r}, but captures are read on the CPU; set "
+            "workers.device = 'cpu' and workers.num_gpus = 0"
+        )
 
 
 def _skip_committed(store: Store, asked: Sequence[ShardPlan], summary: Summary) -> list[ShardPlan]:
@@ -151,7 +161,7 @@ def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
     done = summary.samples + sum(summary.failures.values())
     # In a log file a bar that redraws itself is a line each time.
     pace = {} if sys.stderr.isatty() else {"mininterval": 20.0, "ascii": True}
-    options = {"unit": "obj", "desc": "render", "disable": not show, "smoothing": 0.1} | pace
+    options = {"unit": "obj", "desc": "objects", "disable": not show, "smoothing": 0.1} | pace
     with tqdm(total=summary.planned, initial=done, **options) as bar:
         yield bar
 
@@ -316,7 +326,7 @@ class _Driver:
                 asset = shard.waiting.pop()
                 workers = self.spec.workers
                 task = _make.options(
-                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"render {asset.uid}"[:100]
+                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"make {asset.uid}"[:100]
                 )
                 status, result = task.remote(self.produce, self.spec, self.fingerprint, asset)
                 self.making[status] = (shard, asset, result)

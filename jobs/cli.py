@@ -1,6 +1,7 @@
 """The command line: one verb a job. Everything else is in the dataset spec, a TOML file.
 
     lrm-corpus render --spec jobs/specs/demo.toml --corpus out/corpus --shards all
+    lrm-corpus ingest --spec jobs/specs/mvimgnet.toml --corpus out/corpus
     lrm-corpus publish --corpus out/corpus
     lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
 
@@ -59,19 +60,34 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 
 
+Shards = Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")]
+
+
 @command
 def render(
-    spec: SpecPath,
-    corpus: Corpus,
-    shards: Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")] = "all",
-    overrides: Overrides = None,
-    as_json: Json = False,
+    spec: SpecPath, corpus: Corpus, shards: Shards = "all", overrides: Overrides = None, as_json: Json = False
 ) -> None:
     """Render the asked shards on Ray: locally, or on the cluster of RAY_ADDRESS. Running it again is safe."""
+    _build(spec, corpus, shards, overrides, as_json, captured=False)
+
+
+@command
+def ingest(
+    spec: SpecPath, corpus: Corpus, shards: Shards = "all", overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Ingest the asked shards of a spec of photographs, on Ray as `render`. Running it again is safe."""
+    _build(spec, corpus, shards, overrides, as_json, captured=True)
+
+
+def _build(path: Path, corpus: str, shards: str, overrides: list[str] | None, as_json: bool, *, captured: bool) -> None:
     from jobs.build import build
     from pipeline.spec import load_spec
 
-    summary = build(load_spec(spec, overrides or ()), corpus, shards)
+    spec = load_spec(path, overrides or ())
+    if spec.is_captured is not captured:
+        holds, verb = ("photographs", "ingest") if spec.is_captured else ("3D assets", "render")
+        raise UserError(f"spec {path}: source {spec.source.kind} holds {holds}; use `make {verb} SPEC={path}`")
+    summary = build(spec, corpus, shards)
     failed = sum(summary.failures.values())
     if summary.shards_done_before == summary.shards_asked:
         typer.echo(f"nothing to do: all {summary.shards_asked} asked shard(s) are committed", err=True)
@@ -132,26 +148,29 @@ def publish(
     corpus: Corpus,
     spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plan only, by its rules")] = None,
     overrides: Overrides = None,
+    public: Annotated[bool, typer.Option(help="mark the store as one that anybody can read, for good")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a version of what is committed, after checking that every shard is there. Versions never change."""
+    from jobs.produce import producer_of
     from pipeline import plan as plans
     from pipeline import version
     from pipeline.spec import load_spec
     from pipeline.store import open_store
-    from render import producer
 
     if overrides and spec is None:
         raise UserError(f"--set {overrides[0]!r} needs --spec: settings change a spec, and publish took none")
     store = open_store(corpus, must_exist=True)
     store.probe()
+    if public:
+        version.mark_public(store)
     loaded = None
     if spec is None:
         chosen = version.plan_sets(store)
     else:
         loaded = load_spec(spec, overrides or ())
         try:
-            chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer())))]
+            chosen = [plans.load(store, loaded.plan_set_id(loaded.fingerprint(producer_of(loaded)[1])))]
         except FileNotFoundError:
             raise UserError(
                 f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was "

@@ -36,9 +36,9 @@ from pipeline.types import FailureKind, UserError
 STABLE = pa.schema([field for field in ROWS if field.name not in VOLATILE] + [pa.field("heldout", pa.bool_())])
 READ_THREADS = 16
 
-WHOLE_FORMATS = frozenset({"glb", "stl", "ply", "usdz"})
+WHOLE_FORMATS = frozenset({"glb", "stl", "ply", "usdz", "capture"})
 """Formats whose main file is the whole object: equal files are equal objects. An OBJ or glTF names side files, and its
-digest does not cover them."""
+digest does not cover them. The digest of a capture covers all that was read of it (`pipeline.members`)."""
 
 _POINTERS = ("num_views", "planes", "codecs", "shard_sha256", "shard_bytes", "offset", "lengths", "crc32s")
 

@@ -23,8 +23,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import SCHEMA, manifest, plan
+from pipeline import SCHEMA, manifest, plan, redistribution
 from pipeline.plan import PlanSet, check_schema
+from pipeline.redistribution import redistributable, refuse_public
 from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
 from pipeline.store import Outcome, Store
@@ -161,6 +162,8 @@ def publish(store: Store, plans: list[PlanSet], spec: DatasetSpec | None = None)
     spec = spec or spec_of_json(plans[-1].spec_json, f"corpus {store.url}: plan {plans[-1].id}")
     table = manifest.merge(receipts, spec)
     _check_shards(store, table)
+    counts = _counts(table)
+    refuse_public(store, counts["licenses"], "this version")
     data, sha256 = manifest.to_parquet(table)
     _create_same(store, manifest.manifest_key(sha256), data)
     body = {
@@ -170,8 +173,8 @@ def publish(store: Store, plans: list[PlanSet], spec: DatasetSpec | None = None)
         "spec": spec.model_dump(mode="json"),
         "fingerprints": sorted({receipt.fingerprint for receipt in receipts}),
         "license_policy": spec.model_dump(mode="json")["admission"]["licenses"],
-        "counts": _counts(table)
-        | {"shards_planned": sum(len(p.shards) for p in plans), "shards_committed": len(receipts)},
+        "redistributable": redistributable(counts["licenses"]),
+        "counts": counts | {"shards_planned": sum(len(p.shards) for p in plans), "shards_committed": len(receipts)},
         "tombstones": [],
     }
     return _create_next(store, body, table)
@@ -209,6 +212,22 @@ def _create_same(store: Store, key: str, data: bytes) -> None:
             f"corpus {store.url}: {key} is damaged: it holds other bytes than this version's; "
             "move it away and publish again"
         )
+
+
+def mark_public(store: Store) -> None:
+    """Mark a store as one that anybody can read, unless a version in it holds what may not be handed on.
+
+    Raises:
+        UserError: naming the version.
+    """
+    for number in range(1, latest_number(store) + 1):
+        version = open_version(store, number)
+        if not redistributable(version.counts["licenses"]):
+            raise UserError(
+                f"corpus {store.url}: version {number} may not be redistributed, so this store cannot be public; "
+                "publish what may from another CORPUS"
+            )
+    redistribution.mark_public(store)
 
 
 def _check_shards(store: Store, table: pa.Table) -> None:

@@ -227,6 +227,12 @@ class ChildProcess:
         self.log = LogRing(log_read)
         self.num_objects = 0
 
+    @property
+    def stdin_fd(self) -> int:
+        """The file descriptor that the child reads from."""
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
     def tell(self, line: bytes) -> None:
         """Write one request; a child that is gone is found out when its reply is read."""
         assert self._process.stdin is not None
