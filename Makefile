@@ -13,6 +13,7 @@ VIEWS  ?= 3
 ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
+PUBLIC ?=
 SET    ?=
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
@@ -24,10 +25,10 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render ingest check-captures calibrate bench-render bench-ingest publish status report train test lint format s3-up clean
 
 help: ## list every target with its variables
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## make .venv with exact versions [PYTHON=python3.11 or python3.13]
 
@@ -47,14 +48,23 @@ plan: $(VENV)/.ready ## freeze the plan of a spec [SPEC= CORPUS= SET="key=value 
 render: $(VENV)/.ready ## render shards on Ray, here or on RAY_ADDRESS [SPEC= CORPUS= SHARDS=0-3 SET="render.samples=32 ..." JSON=1]
 	@$(CLI) render --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
 
+ingest: $(VENV)/.ready ## photographs (MVImgNet, COLMAP) to shards on Ray [SPEC= CORPUS= SHARDS=0-3 SET="source.path=... ..." JSON=1]
+	@$(CLI) ingest --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
+
+check-captures: $(VENV)/.ready ## only the checks over an archive of photographs, drawn [SPEC= OUT=out SET= JSON=1]
+	@$(CLI) check-captures --spec '$(SPEC)' --out '$(OUT)/checks' $(flags_set) $(flags_json)
+
 calibrate: $(VENV)/.ready ## print what samples and the noise target give and cost [SPEC= SET= JSON=1 ASSETS=6 VIEWS=3]
 	@$(CLI) calibrate --spec '$(SPEC)' --assets '$(ASSETS)' --views '$(VIEWS)' $(flags_set) $(flags_json)
 
 bench-render: $(VENV)/.ready ## our renderer against the public scripts' way: speed, noise, memory [ARGS="--only tree"]
 	@$(BIN)/python -m tests.bench.render $(ARGS)
 
-publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1; SPEC= SET= for one plan of several]
-	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
+bench-ingest: $(VENV)/.ready ## photographs from zip to shard, beside decode + remap + encode alone [ARGS="--captures 20"]
+	@$(BIN)/python -m tests.bench.ingest $(ARGS)
+
+publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1 PUBLIC=1; SPEC= SET= for one plan of several]
+	@$(CLI) publish --corpus '$(CORPUS)' $(if $(PUBLIC),--public) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
 status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]
 	@$(CLI) status --corpus '$(CORPUS)' $(flags_json)

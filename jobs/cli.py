@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -118,6 +119,27 @@ def plan(spec: SpecPath, corpus: Corpus, overrides: Overrides = None, as_json: J
     typer.echo(f"plan {frozen.id}: {frozen.num_assets} objects in {last + 1} shard(s), SHARDS=0-{last}", err=True)
     if as_json:
         typer.echo(json.dumps({"plan_set": frozen.id, "objects": frozen.num_assets, "shards": last + 1}))
+
+
+@command
+def check_captures(
+    spec: SpecPath,
+    out: Annotated[Path, typer.Option(help="folder for checks.html, checks.json and their pictures")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Run the checks alone over an archive of photographs, and draw what they reject and why."""
+    from jobs import check as job
+    from pipeline.capture_checks import ACCEPTED
+    from pipeline.spec import load_spec
+
+    checks, page = job.check_captures(load_spec(spec, overrides or ()), out, num_workers=os.cpu_count() or 1)
+    counts = Counter(check.kind for check in checks)
+    for kind, count in sorted(counts.items(), key=lambda item: (item[0] != ACCEPTED, -item[1], item[0])):
+        typer.echo(f"  {count:6d} {kind}", err=True)
+    typer.echo(f"wrote {page}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"captures": len(checks), "counts": dict(sorted(counts.items())), "page": str(page)}))
 
 
 @command

@@ -9,7 +9,7 @@ credentials; it therefore cannot read object storage itself, and asks its superv
     child -> supervisor              {"type": "read", "member": 3, "max_bytes": 2097152}
     supervisor -> child              {"type": "bytes"} + the content, or {"type": "refused", kind, message}
     child -> supervisor              {"type": "view", index, camera, planes} + the encoded planes, view by view
-    child -> supervisor              {"type": "sample", normalization, quality, ...}, or {"type": "error", kind, message}
+    child -> supervisor              {"type": "sample", normalization, quality, ...}, or {"type": "error", kind, ...}
 
 Both directions are framed by `render.wire`. Neither bpy nor Ray is imported here.
 """

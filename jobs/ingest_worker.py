@@ -4,8 +4,8 @@ Photos and models come from strangers, so they are opened in a supervised child 
 network, no credentials), as 3D files are. The bytes come from where only this process may read, zips on object storage
 among them; so it reads, and the child decodes. A capture is 12 MB or so through a pipe, 10 ms beside the second or two
 that decoding, resampling and encoding it takes: safety costs half a percent, and a child that a file takes over has
-nothing to steal and nowhere to send it. It reads here too: the digest of a sample is computed from what was handed over,
-not from what the child says.
+nothing to steal and nowhere to send it. The digest of a sample is computed here too, from what was handed over, not
+from what the child says.
 
 What the child sends back is checked in shape: cameras are rigid, planes are files of their codec and bounded, numbers
 are finite.
@@ -149,10 +149,10 @@ class IngestWorker(Supervisor):
         }
         job = _Job(asset, members, capture, time.monotonic() + self._spec.limits.deadline_s)
         header, payload = self._ask(child, job, request, "picture")
-        shape = header.get("shape")
-        sound = isinstance(shape, list) and len(shape) == 3 and all(isinstance(x, int) and x > 0 for x in shape)
-        if not sound or shape[2] != 3 or math.prod(shape) != len(payload) or max(shape) > size_px:
-            self._fail(self.crash_kind, f"a picture of shape {str(shape)[:60]} came with {len(payload)} bytes")
+        told: Any = header.get("shape")
+        shape = [x for x in told if isinstance(x, int) and 0 < x <= size_px] if isinstance(told, list) else []
+        if len(shape) != 3 or shape[2] != 3 or math.prod(shape) != len(payload):
+            self._fail(self.crash_kind, f"a picture of shape {str(told)[:60]} came with {len(payload)} bytes")
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
     def _ensure_child(self) -> ChildProcess:

@@ -45,12 +45,15 @@ def write_report(reader: VersionReader, out_dir: Path, extra: Sequence[Section] 
     if len(reader):
         sections += [_objects(reader, out_dir), _cameras(reader, out_dir), _quality(reader, out_dir)]
     sections += [_failures(reader), *extra]
+    title = f"{reader.version.record['name']}, version {reader.number}"
+    return write_page(title, [s for s in sections if s is not None], out_dir / "report.html")
+
+
+def write_page(title: str, sections: Sequence[Section], path: Path) -> Path:
+    """Write one static page of sections; return its path. Pictures are named relative to it."""
     template = files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    title = f"{reader.version.record['name']}, version {reader.number}"
-    page = environment.from_string(template).render(title=title, sections=[s for s in sections if s is not None])
-    path = out_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(environment.from_string(template).render(title=title, sections=sections), encoding="utf-8")
     return path
 
 
