@@ -9,6 +9,7 @@ like), are judged by these few views only. Nothing is written but the page.
 from __future__ import annotations
 
 import queue
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,8 +86,10 @@ def _check(
         if frame is None:
             return check, None
         image = worker.picture(asset, capture, frame, PICTURE_PX)
-    except AssetError:
-        return check, None  # what cannot be opened, or is no picture, has none to show
+    except AssetError as error:
+        if error.kind.value != check.kind:
+            tqdm.write(f"{asset.uid}: no picture of it: {error.kind}: {error.message}", file=sys.stderr)
+        return check, None
     shown[check.kind] += 1
     return check, (check.kind, asset.uid, image)
 

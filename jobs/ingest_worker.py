@@ -47,6 +47,7 @@ from render.supervisor import Supervisor
 
 START_DEADLINE_S = 120.0
 MAX_FRAME_BYTES = 64 * 2**20
+MAX_PICTURE_PX = 512
 _PLANE_SLACK_BYTES = 2**16
 _MAGIC = {"webp": b"RIFF", "png": b"\x89PNG", "jpg": b"\xff\xd8"}
 _PLANES = ("rgba",)
@@ -89,7 +90,7 @@ class IngestWorker(Supervisor):
         child_command: Sequence[str] | None = None,
     ) -> None:
         # No encoder makes a picture larger than its pixels by more than a header.
-        most = spec.capture.resolution_px**2 * 4 + _PLANE_SLACK_BYTES
+        most = max(spec.capture.resolution_px**2 * 4 + _PLANE_SLACK_BYTES, MAX_PICTURE_PX**2 * 3)
         super().__init__(spec.limits, max_payload_bytes=most, scratch_dir=scratch_dir)
         self._spec = spec
         self._fingerprint = fingerprint
@@ -130,7 +131,10 @@ class IngestWorker(Supervisor):
         )
 
     def picture(self, asset: Asset, capture: OpenCapture, frame: str, size_px: int) -> NDArray[np.uint8]:
-        """Return a frame with the outline of its mask, straight RGB uint8 [H, W, 3], sides at most `size_px`.
+        """Return a frame with the outline of its mask, straight RGB uint8 [H, W, 3].
+
+        Args:
+            size_px: its longer side, MAX_PICTURE_PX at most.
 
         Raises:
             AssetError: it cannot be read or decoded.

@@ -20,6 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from pipeline.photos import decode_mask, decode_photo, image_size
@@ -136,5 +137,6 @@ def _write_histogram(counts: Counter[str], path: Path) -> None:
     bars = axes.barh(kinds, [counts[kind] for kind in kinds], color=["C2" if k == ACCEPTED else "C3" for k in kinds])
     axes.bar_label(bars)
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("captures")
     figure.savefig(path, dpi=100, bbox_inches="tight")
