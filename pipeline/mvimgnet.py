@@ -40,10 +40,10 @@ from pipeline.placing import (
     find_up,
     growth,
     meeting_point,
-    percentile_box,
     settle_sideways,
     spread,
     widest_angle_deg,
+    without_strays,
     world_rotation,
 )
 from pipeline.quality import judge, measure_sample, view_facts
@@ -541,7 +541,7 @@ def agreement_of(look: Look, points: Float64) -> float:
     pixels = pixels[np.isfinite(pixels[:, 0])]
     if len(pixels) < LEAST_POINTS // 2:
         return 0.0
-    low, high = percentile_box(pixels)
+    low, high = pixels.min(axis=0), pixels.max(axis=0)
     mask_low, mask_high = look.facts.hull.min(axis=0), look.facts.hull.max(axis=0)
     both = np.prod(np.maximum(np.minimum(high, mask_high) - np.maximum(low, mask_low), 0))
     return float(both / (np.prod(high - low) + np.prod(mask_high - mask_low) - both))
@@ -556,7 +556,8 @@ def place_object(model: Model, looks: list[Look], spec: DatasetSpec, drops: Drop
     chosen = vote(model, looks)
     agreement: dict[str, float] = {}
     if chosen.sum() >= LEAST_POINTS:
-        agreement = {look.frame.name: agreement_of(look, model.points[chosen]) for look in looks}
+        object_points = without_strays(model.points[chosen])
+        agreement = {look.frame.name: agreement_of(look, object_points) for look in looks}
         median, least = float(np.median(list(agreement.values()))), spec.admission.min_mask_agreement
         if median < least:
             message = f"median overlap of the masks with the model's points is {median:.2f}; {least:g} is required"
@@ -632,7 +633,8 @@ def _settle(
     up, turn = settle_sideways(find_up(rotations), rotations, centres, centre, rest)
     axes = world_rotation(up.axis, looks[0].frame.image.centre, centre)
     if chosen is not None:
-        low, high = percentile_box(model.points[chosen] @ axes.T)
+        object_points = without_strays(model.points[chosen] @ axes.T)
+        low, high = object_points.min(axis=0), object_points.max(axis=0)
         centre, half = (low + high) / 2 @ axes, float((high - low).max()) / 2
     if half is None or not np.isfinite(half) or half <= 0:
         raise AssetError(FailureKind.MASK_DISAGREES, "the object's points have no extent")
