@@ -124,7 +124,8 @@ def without_strays(points: Float64) -> Float64:
     """
     low, high = np.percentile(points, (1, 99), axis=0)
     reach = STRAY * float((high - low).max())
-    return points[((points >= low - reach) & (points <= high + reach)).all(axis=1)]
+    out: Float64 = points[((points >= low - reach) & (points <= high + reach)).all(axis=1)]
+    return out
 
 
 def meeting_point(origins: Float64, directions: Float64) -> tuple[Float64, float]:
