@@ -3,7 +3,8 @@
     mvi_00.zip ... mvi_42.zip      <class>/<instance>/{images,masks,sparse/0}/..., objects spread over the zips at
                                    random, one object's files sometimes over several
     <class>/<instance>/...         the same, extracted; zips and trees may lie side by side
-    source.masks                   a tree, or zips, of their own: <class>/<instance>/NNN.jpg.png (1.0)
+    source.masks                   a tree, or zips, of their own: <class>/<instance>/NNN.jpg.png (1.0); by default a
+                                   folder beside the classes whose name holds "mask", extracted
 
 Listing reads the central directory of each zip once, in blocks: 43 zips of 170 thousand entries are 0.9 GB of
 directory, some 20 s of one core, and two numbers a capture and zip in memory. Those numbers, where in the directory the
@@ -52,6 +53,7 @@ _RUN = re.compile(r"([0-9]{1,18})-([0-9]{1,12})")
 _LISTERS = 16
 _MAX_DEPTH = 3
 _WHOLE = "all"
+_INNER_MASKS = "path-masks"
 
 
 @dataclass(slots=True)
@@ -111,7 +113,7 @@ class MvimgnetAssets:
         match = _URI.fullmatch(asset.uri)
         if match is None:
             raise AssetError(FailureKind.INTERNAL, f"uri {asset.uri[:100]!r} is none of the source mvimgnet")
-        name, fields = match[1], parse_qsl(match[2], keep_blank_values=True)
+        name, fields = match[1], parse_qsl(match[2], keep_blank_values=True, errors="surrogateescape")
         settings = dict(fields)
         left_out = settings.get("exclude")
         if left_out == _WHOLE:
@@ -119,7 +121,7 @@ class MvimgnetAssets:
         members: dict[str, Member] = {}
         check = 0
         for root, value in fields:
-            if root in ("path", "masks"):
+            if root in ("path", "masks", _INNER_MASKS):
                 check += self._open_part(root, value, name, members)
         if "check" in settings and f"{check % 2**64:016x}" != settings["check"]:
             raise AssetError(
@@ -133,7 +135,7 @@ class MvimgnetAssets:
 
     def _folder(self, root: str) -> Folder:
         if root not in self._folders:
-            url = self._source.path if root == "path" else self._source.masks
+            url = self._source.masks if root == "masks" else self._source.path
             assert url is not None
             self._folders[root] = open_folder(url, f"source.{root}")
         return self._folders[root]
@@ -145,8 +147,10 @@ class MvimgnetAssets:
             if name.lower().endswith(".zip"):
                 _list_zip(root, folder, name, found)
         for name in _instances(folder, folders):
-            instance = "/".join(name.split("/")[-2:])
-            found.setdefault(instance, _Found()).trees.append((root, f"{name}/"))
+            *wrapper, class_label, instance = name.split("/")
+            label = root if root == "masks" or "mask" not in "".join(wrapper).lower() else _INNER_MASKS
+            if label != _INNER_MASKS or self._source.masks is None:
+                found.setdefault(f"{class_label}/{instance}", _Found()).trees.append((label, f"{name}/"))
 
     def _open_part(self, root: str, value: str, name: str, members: dict[str, Member]) -> int:
         """Add the members of one part of a capture; return the sum of its entries' hashes."""
@@ -287,7 +291,7 @@ def _asset(name: str, one: _Found, excluded: str | None) -> Asset:
     return Asset(
         uid=f"mvimgnet-{name.replace('/', '-')}",
         source="mvimgnet",
-        uri=f"mvimgnet:{name}?{urlencode(fields, safe='/:,')}",
+        uri=f"mvimgnet:{name}?{urlencode(fields, safe='/:,', errors='surrogateescape')}",
         format="capture",
         license=LICENSE,
         attribution=ATTRIBUTION,
