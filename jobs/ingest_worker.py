@@ -71,7 +71,7 @@ class IngestWorker(Supervisor):
     Args:
         spec: the dataset's spec.
         fingerprint: the spec's fingerprint, as samples carry it.
-        num_threads: threads that the child may use; default `spec.workers.num_cpus`, rounded up.
+        num_threads: threads over frames, for the record: what is used is `spec.workers.num_cpus`.
         scratch_dir: where the child's temporary folder is made; default the system's.
         child_command: the command of the child; for tests.
     """
@@ -164,7 +164,7 @@ class IngestWorker(Supervisor):
             self._child = ChildProcess(
                 self._command,
                 home=self._scratch.fresh("home"),
-                num_threads=self._num_threads,
+                num_threads=1,  # of BLAS, whose sums depend on their number; frames have threads of their own
                 memory_bytes=self._limits.memory_bytes,
                 starter=self._starter,
             )
