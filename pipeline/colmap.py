@@ -134,8 +134,14 @@ def parse_model(name: str, cameras: bytes, images: bytes, points: bytes) -> Mode
     camera_ids = _walk_cameras(where, cameras)
     found = _walk_images(where, images, camera_ids)
     ids, xyz = _walk_points(where, points, found)
-    lenses, poses = _read(where, cameras, images, points)
     order = sorted(range(len(found)), key=lambda i: found[i].name)
+    seen = [found[i].points[found[i].points["point"] != -1] for i in order]
+    together = np.concatenate(seen) if seen else np.zeros(0, _POINT2D)
+    by_id = np.argsort(ids, kind="stable")
+    position = np.searchsorted(ids[by_id], together["point"])
+    if len(together) and (len(ids) == 0 or (ids[by_id][np.minimum(position, len(ids) - 1)] != together["point"]).any()):
+        corrupt(f"{where}: images.bin names points that points3D.bin does not hold")
+    lenses, poses = _read(where, cameras, images, points)
     registered = []
     for i in order:
         matrix = poses[found[i].image_id]
@@ -144,12 +150,6 @@ def parse_model(name: str, cameras: bytes, images: bytes, points: bytes) -> Mode
                 name=found[i].name, rotation=matrix[:, :3], translation=matrix[:, 3], camera_id=found[i].camera_id
             )
         )
-    seen = [found[i].points[found[i].points["point"] != -1] for i in order]
-    together = np.concatenate(seen) if seen else np.zeros(0, _POINT2D)
-    by_id = np.argsort(ids, kind="stable")
-    position = np.searchsorted(ids[by_id], together["point"])
-    if len(together) and (len(ids) == 0 or (ids[by_id][np.minimum(position, len(ids) - 1)] != together["point"]).any()):
-        corrupt(f"{where}: images.bin names points that points3D.bin does not hold")
     return Model(
         name=name,
         lenses=lenses,

@@ -7,8 +7,8 @@ through it together. The forward model is all it takes, so every camera model of
 
 pycolmap evaluates a model in about 15 ns a point: 4 ms for 512^2, as much as decoding a photo of 1080 x 1920. A
 lens is smooth, so we ask for it at 16 x 16 Chebyshev nodes and fill in the rest by two small matrix products, under
-1 ms, exact to 0.01 px where the model behaves. A view that shrinks the photo is sampled more densely and averaged,
-and a JPEG that would shrink to under one half is already decoded to half its size: aliases would look like texture.
+1 ms, exact to 0.01 px where the model behaves. Aliases would look like texture: a view that shrinks the photo is
+filtered first, and a JPEG that would shrink to one half or less is already decoded to half its size.
 
 Pixels: (0, 0) is the outer corner of the first one, as everywhere in the project; `cv2.remap` counts from its centre.
 """
@@ -44,6 +44,8 @@ class Lens:
     camera: pycolmap.Camera
     width: int
     height: int
+    edge: Float64
+    """Points of the frame's four sides on the tangent plane [4, N, 2]: left, top, right, bottom."""
 
     @classmethod
     def of(cls, camera: pycolmap.Camera) -> Lens:
@@ -51,7 +53,11 @@ class Lens:
         copy = pycolmap.Camera(
             camera_id=1, model=camera.model, width=camera.width, height=camera.height, params=list(camera.params)
         )
-        return cls(copy, int(camera.width), int(camera.height))
+        width, height = int(camera.width), int(camera.height)
+        t = np.linspace(0, 1, _EDGE_POINTS)
+        sides = [(0 * t, t * height), (t * width, 0 * t), (0 * t + width, t * height), (t * width, 0 * t + height)]
+        edge = np.asarray(copy.cam_from_img(np.concatenate([np.stack(side, 1) for side in sides])), np.float64)
+        return cls(copy, width, height, edge.reshape(4, _EDGE_POINTS, 2))
 
     @property
     def focal_px(self) -> float:
@@ -66,13 +72,6 @@ class Lens:
     def plane(self, pixels: Float64) -> Float64:
         """Return the tangent-plane points [N, 2] of pixels [N, 2]; NaN where the model has no inverse."""
         return np.asarray(self.camera.cam_from_img(np.ascontiguousarray(pixels, np.float64)), np.float64).reshape(-1, 2)
-
-    def edge(self) -> Float64:
-        """Return points of the frame's four sides on the tangent plane [4, N, 2]: left, top, right, bottom."""
-        t, width, height = np.linspace(0, 1, _EDGE_POINTS), float(self.width), float(self.height)
-        zero = np.zeros_like(t)
-        sides = [(zero, t * height), (t * width, zero), (zero + width, t * height), (t * width, zero + height)]
-        return self.plane(np.concatenate([np.stack(side, 1) for side in sides])).reshape(4, _EDGE_POINTS, 2)
 
     def check(self, name: str) -> None:
         """Refuse a lens that cannot be one, or that cannot be undone up to the frame's edge.
@@ -90,7 +89,7 @@ class Lens:
         centre = np.array([self.camera.principal_point_x, self.camera.principal_point_y])
         if not ((centre > 0) & (centre < (self.width, self.height))).all():
             raise AssetError(FailureKind.BAD_CAMERA, f"{what}: principal point outside the frame")
-        edge = self.edge().reshape(-1, 2)
+        edge = self.edge.reshape(-1, 2)
         if not np.isfinite(edge).all():
             raise AssetError(FailureKind.BAD_CAMERA, f"{what}: the distortion cannot be undone up to the frame's edge")
         steps = np.linspace(0, 1, 33)[:, None, None] * edge[None]
@@ -122,7 +121,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Cutout:
-    """The part of a mask that is not empty, at 1 / `shrink` of the camera's resolution, with a border of zeros.
+    """The part of a mask that is not empty, at 1 / `shrink` of the camera's resolution.
 
     Attributes:
         alpha: [h, w] uint8.
@@ -145,9 +144,8 @@ class Cutout:
             size = (mask.shape[1] // shrink, mask.shape[0] // shrink)
             mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_AREA), np.uint8)
         left, top, width, height = cv2.boundingRect(mask)
-        alpha = np.zeros((height + 2, width + 2), np.uint8)
-        alpha[1:-1, 1:-1] = mask[top : top + height, left : left + width]
-        return cls(alpha=alpha, left=left - 1, top=top - 1, shrink=shrink)
+        alpha = np.ascontiguousarray(mask[top : top + height, left : left + width])
+        return cls(alpha=alpha, left=left, top=top, shrink=shrink)
 
 
 def shrink_of(window: Window, lens: Lens, size_px: int) -> int:
@@ -157,17 +155,19 @@ def shrink_of(window: Window, lens: Lens, size_px: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _interpolation(num: int) -> Float64:
+def _interpolation(num: int) -> Float32:
     """Return [num, NUM_NODES]: from values at the Chebyshev nodes of [-1, 1] to those at `num` even cells' centres."""
     orders = np.arange(NUM_NODES)
     at_nodes = np.cos(orders[:, None] * (orders + 0.5) * np.pi / NUM_NODES)  # T_m at node k is cos(m (k + 1/2) pi / n)
     weights = at_nodes * np.where(orders == 0, 1, 2)[:, None] / NUM_NODES
-    out: Float64 = np.cos(orders * np.arccos((np.arange(num) + 0.5) / num * 2 - 1)[:, None]) @ weights
-    return out
+    cells = np.arccos((np.arange(num) + 0.5) / num * 2 - 1)
+    return np.asarray(np.cos(orders * cells[:, None]) @ weights, np.float32)
 
 
-def lens_map(lens: Lens, window: Window, turn: Float64, num_px: int) -> tuple[Float32, Float32]:
-    """Return where in the photo each pixel centre of a view lies: x and y [num_px, num_px] in pixels, from the corner.
+def lens_map(
+    lens: Lens, window: Window, turn: Float64, num_px: int, scale: float = 1.0, start: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Float32, Float32]:
+    """Return where in the photo each pixel centre of a view lies: x and y [num_px, num_px], scale * pixel - start.
 
     Pixels whose ray leaves the frame by more than its sides' outermost points lie at -10,000: a lens model may fold
     back into the frame what it never saw.
@@ -177,8 +177,10 @@ def lens_map(lens: Lens, window: Window, turn: Float64, num_px: int) -> tuple[Fl
         window: the view's square, in the axes of the turned camera.
         turn: [3, 3] quarter turn from the stored camera's axes to the view's.
         num_px: width and height of the view.
+        scale: of a shrunk photo.
+        start: x and y of the part of it that is looked at.
     """
-    edge = lens.edge().reshape(-1, 2) @ turn[:2, :2].T
+    edge = lens.edge.reshape(-1, 2) @ turn[:2, :2].T
     cell = window.side / num_px
     corner = np.array([window.left, window.top])
     low = np.maximum(np.ceil((edge.min(axis=0) - corner) / cell - 0.5), 0).astype(int)
@@ -191,10 +193,10 @@ def lens_map(lens: Lens, window: Window, turn: Float64, num_px: int) -> tuple[Fl
     nodes = (1 + np.cos((np.arange(NUM_NODES) + 0.5) * np.pi / NUM_NODES)) / 2
     x, y = (corner[i] + cell * (low[i] + count[i] * nodes) for i in range(2))
     grid = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2) @ turn[:2, :2]  # the turn's inverse, applied to rows
-    values = lens.pixels(grid).reshape(NUM_NODES, NUM_NODES, 2)
-    rows, columns = (_interpolation(int(number)).astype(np.float32) for number in (count[1], count[0]))
+    values = (lens.pixels(grid) * scale - start).reshape(NUM_NODES, NUM_NODES, 2).astype(np.float32)
+    rows, columns = (_interpolation(int(number)) for number in (count[1], count[0]))
     for i in range(2):
-        part = rows @ values[..., i].astype(np.float32) @ columns.T
+        part = rows @ values[..., i] @ columns.T
         if full:
             maps[i] = part
         else:
@@ -203,33 +205,42 @@ def lens_map(lens: Lens, window: Window, turn: Float64, num_px: int) -> tuple[Fl
 
 
 def sample_view(photo: UInt8, cutout: Cutout, lens: Lens, window: Window, turn: Float64, size_px: int) -> UInt8:
-    """Resample a photo [H, W, 3] and its mask once, to a view of straight RGBA [size_px, size_px, 4].
+    """Resample a photo [H, W, 3] in BGR and its mask once, to a view of straight RGBA [size_px, size_px, 4].
 
-    The photo may be shrunk: its pixels are `cutout.shrink` pixels of the camera wide. The channels keep their order.
+    The photo may be shrunk: its pixels are `cutout.shrink` pixels of the camera wide.
     """
-    ratio = window.side * lens.focal_px / size_px / cutout.shrink
-    dense = min(4, max(1, math.ceil(ratio / 1.25)))
-    x, y = lens_map(lens, window, turn, size_px * dense)
-    factor = np.float32(1 / cutout.shrink)
-    x = x * factor - np.float32(cutout.left + 0.5)
-    y = y * factor - np.float32(cutout.top + 0.5)
-    height, width = photo.shape[:2]
-    left, top = max(0, cutout.left), max(0, cutout.top)
-    right, bottom = min(width, cutout.left + cutout.alpha.shape[1]), min(height, cutout.top + cutout.alpha.shape[0])
-    part = photo[top:bottom, left:right]
-    alpha = cutout.alpha[top - cutout.top : bottom - cutout.top, left - cutout.left : right - cutout.left]
-    source = np.zeros((*cutout.alpha.shape, 4), np.uint8)
-    inner = source[top - cutout.top : bottom - cutout.top, left - cutout.left : right - cutout.left]
-    inner[..., :3] = cv2.multiply(part, cv2.merge([alpha] * 3), scale=1 / 255)
-    inner[..., 3] = alpha
+    rows, columns = cutout.alpha.shape
+    part = photo[cutout.top : cutout.top + rows, cutout.left : cutout.left + columns]
+    alpha = cutout.alpha[: part.shape[0], : part.shape[1]]
+    source = cv2.cvtColor(part, cv2.COLOR_BGR2BGRA)
+    if cutout.shrink == 1:  # the mask is 0 or 255 then
+        source = cv2.bitwise_and(source, cv2.merge([alpha] * 4))
+    else:
+        source = cv2.multiply(source, cv2.merge([alpha] * 4), scale=1 / 255)
+    sigma = filter_sigma(window.side * lens.focal_px / size_px / cutout.shrink)
+    border = 1 if sigma > 0 else 0
+    if border:
+        source = cv2.copyMakeBorder(source, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+        source = cv2.GaussianBlur(source, (3, 3), sigma)
+    start = (cutout.left + 0.5 - border, cutout.top + 0.5 - border)
+    x, y = lens_map(lens, window, turn, size_px, 1 / cutout.shrink, start)
     out = cv2.remap(source, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0, 0, 0, 0))
-    if dense > 1:
-        out = cv2.resize(out, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    return straight(np.asarray(out, np.uint8))
+    return straight_rgba(np.asarray(out, np.uint8))
 
 
-def straight(premultiplied: UInt8) -> UInt8:
-    """Return premultiplied 8-bit pixels [H, W, 4] with straight alpha; where alpha is 0 so is the colour."""
-    alpha = premultiplied[..., 3]
-    colour = cv2.divide(np.ascontiguousarray(premultiplied[..., :3]), cv2.merge([alpha] * 3), scale=255)
-    return np.asarray(cv2.merge([*cv2.split(colour), alpha]), np.uint8)
+def filter_sigma(ratio: float) -> float:
+    """Return the sigma of the filter of 3 taps that keeps a view from aliasing that takes `ratio` pixels for one.
+
+    Its variance is that of a box of the ratio's width, less the pixel's own: then photo, filter and the bilinear
+    sampling after it together blur as much as averaging the area would. The ratio is under 2 where the decoder has
+    already halved what it could; 3 taps would not do beyond.
+    """
+    share = min(max(0.0, ratio**2 - 1) / 12 * 4 / 3, 0.4) / 2  # of each outer tap
+    return math.sqrt(-1 / (2 * math.log(share / (1 - 2 * share)))) if share > 0.01 else 0.0
+
+
+def straight_rgba(bgra: UInt8) -> UInt8:
+    """Return premultiplied 8-bit BGRA [H, W, 4] as RGBA with straight alpha; where alpha is 0 so is the colour."""
+    blue, green, red, alpha = cv2.split(bgra)
+    colours = [cv2.divide(channel, alpha, scale=255) for channel in (red, green, blue)]  # by zero gives zero
+    return np.asarray(cv2.merge([*colours, alpha]), np.uint8)

@@ -123,9 +123,7 @@ def _look(files: CaptureFiles, model: Model, frame: Frame, observed: NDArray[np.
     if facts.fault is not None:
         raise AssetError(FailureKind.BAD_MASK, facts.fault)
     hull = lens.plane(facts.hull)
-    moments = cv2.moments(binary, binaryImage=True)
-    centroid = np.array([[moments["m10"] / moments["m00"] + 0.5, moments["m01"] / moments["m00"] + 0.5]])
-    ray = image.rotation.T @ np.append(lens.plane(centroid)[0], 1.0)
+    ray = image.rotation.T @ np.append(lens.plane(facts.centroid[None])[0], 1.0)
     window = crop_window(hull, facts.cut, lens, spec.padding)
     seen, seen_in = _projected(model, frame, binary)
     return Look(
@@ -185,7 +183,7 @@ def crop_window(hull: Float64, cut: tuple[bool, bool, bool, bool], lens: Lens, p
     low, high = hull.min(axis=0), hull.max(axis=0)
     side = float((high - low).max()) * padding
     middle = (low + high) / 2
-    edge = lens.edge()
+    edge = lens.edge
     bounds = np.array([[-np.inf, -np.inf], [np.inf, np.inf]])
     for i, is_cut in enumerate(cut):
         if is_cut:
@@ -214,7 +212,7 @@ def project(points: Float64, frame: Frame) -> Float64:
     camera = points @ frame.image.rotation.T + frame.image.translation
     front = camera[:, 2] > 1e-9
     plane = camera[:, :2] / np.where(front, camera[:, 2], 1)[:, None]
-    edge = frame.lens.edge().reshape(-1, 2)
+    edge = frame.lens.edge.reshape(-1, 2)
     near = front & (plane >= edge.min(axis=0)).all(axis=1) & (plane <= edge.max(axis=0)).all(axis=1)
     out = np.full((len(points), 2), np.nan)
     if near.any():

@@ -54,6 +54,7 @@ class MaskFacts:
         piece: share of the object that is its largest piece.
         cut: whether the left, top, right, bottom side of the frame cuts the object.
         hull: [N, 2] corners of the convex hull, pixel corners counted from the frame's.
+        centroid: [2].
         fault: why the mask cannot be believed, or None.
     """
 
@@ -61,6 +62,7 @@ class MaskFacts:
     piece: float
     cut: tuple[bool, bool, bool, bool]
     hull: Float64
+    centroid: Float64
     fault: str | None
 
 
@@ -75,7 +77,9 @@ def clean(mask: UInt8, threshold: int) -> tuple[UInt8, MaskFacts]:
     total = cv2.countNonZero(binary)
     if total == 0:
         empty = np.zeros((0, 2))
-        return binary, MaskFacts(area=0.0, piece=0.0, cut=(False,) * 4, hull=empty, fault="the mask is empty")
+        return binary, MaskFacts(
+            area=0.0, piece=0.0, cut=(False,) * 4, hull=empty, centroid=np.zeros(2), fault="the mask is empty"
+        )
     small = cv2.resize(binary, (math.ceil(width / 4), math.ceil(height / 4)), interpolation=cv2.INTER_AREA)
     number, labels, stats, _ = cv2.connectedComponentsWithStats((small > 0).astype(np.uint8))
     sizes = stats[1:, cv2.CC_STAT_AREA] / max(1, stats[1:, cv2.CC_STAT_AREA].sum())
@@ -83,6 +87,7 @@ def clean(mask: UInt8, threshold: int) -> tuple[UInt8, MaskFacts]:
     if number > 2 and (sizes < SPECK).any():
         kept = np.concatenate([[0], np.where(sizes < SPECK, 0, 255)]).astype(np.uint8)[labels]
         binary &= np.asarray(cv2.resize(kept, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
+        small = cv2.bitwise_and(small, kept)
         total = cv2.countNonZero(binary)
     area = total / binary.size
     left, top, across, down = cv2.boundingRect(binary)
@@ -93,7 +98,12 @@ def clean(mask: UInt8, threshold: int) -> tuple[UInt8, MaskFacts]:
         fault = f"the mask covers {area:.1%} of its frame; {MIN_AREA:.0%} to {MAX_AREA:.0%} are allowed"
     elif piece < MIN_PIECE:
         fault = f"the mask's largest piece is {piece:.0%} of it; {MIN_PIECE:.0%} are required"
-    return binary, MaskFacts(area=area, piece=piece, cut=cut, hull=hull_of(binary), fault=fault)
+    moments = cv2.moments(small)
+    centroid = (np.array([moments["m10"], moments["m01"]]) / moments["m00"] + 0.5) * (
+        width / small.shape[1],
+        height / small.shape[0],
+    )
+    return binary, MaskFacts(area=area, piece=piece, cut=cut, hull=hull_of(binary), centroid=centroid, fault=fault)
 
 
 def hull_of(binary: UInt8) -> Float64:

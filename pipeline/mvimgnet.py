@@ -121,13 +121,18 @@ class Place:
     agreement: Mapping[str, float]
     grown: float
 
+    def centres(self, looks: Sequence[Look]) -> Float64:
+        """Return the camera centres of views in our world [N, 3]."""
+        norm = self.normalization
+        centres = np.stack([look.frame.image.centre for look in looks])
+        out: Float64 = norm.scale * centres @ norm.rotation.T + norm.translation
+        return out
+
     def camera(self, look: Look, size_px: int) -> Camera:
         """Return the camera of a view in our world."""
-        norm, image = self.normalization, look.frame.image
-        rotation = self.turn @ image.rotation @ norm.rotation.T
-        centre = norm.scale * norm.rotation @ image.centre + norm.translation
         pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = rotation.T, centre
+        pose[:3, :3] = (self.turn @ look.frame.image.rotation @ self.normalization.rotation.T).T
+        pose[:3, 3] = self.centres([look])[0]
         intrinsics = look.window.turned(self.turn).intrinsics(size_px)
         return Camera(world_from_camera=pose, intrinsics=intrinsics, width=size_px, height=size_px)
 
@@ -262,10 +267,8 @@ def measure_capture(
     files: CaptureFiles, model: Model, place: Place, looks: Sequence[Look], spec: DatasetSpec, drops: Drops
 ) -> dict[str, Any]:
     """Return the columns of the quality record that photos are not needed for."""
-    cameras = [place.camera(look, spec.capture.resolution_px) for look in looks]
-    centres = np.stack([camera.world_from_camera[:3, 3] for camera in cameras])
+    centres = place.centres(looks)
     distances = np.linalg.norm(centres, axis=1)
-    focal = [float(camera.intrinsics[0, 0]) / camera.width for camera in cameras]
     from_data = sum(look.frame.name in files.masks for look in looks)
     command = spec.capture.mask_command
     reprojection = reprojection_px(model)
@@ -279,7 +282,7 @@ def measure_capture(
         "up_ratio": round(place.up.ratio, 6),
         "sideways": place.up.sideways,
         "distance": round(float(distances.mean()), 6),
-        "focal_share": round(float(np.mean(focal)), 6),
+        "focal_share": round(float(np.mean([1 / look.window.side for look in looks])), 6),
         "centre_from": place.source,
         "num_object_points": place.num_points,
         "box_growth": round(place.grown, 6),
@@ -314,7 +317,7 @@ def make_views(
             return "bad_size" if error.kind == FailureKind.BAD_CAMERA else "damaged", error.message
 
     while True:
-        centres = np.stack([place.camera(look, 1).world_from_camera[:3, 3] for look in looks])
+        centres = place.centres(looks)
         directions = centres / np.linalg.norm(centres, axis=1, keepdims=True)
         number = len(looks) if spec.capture.num_views is None else spec.capture.num_views
         chosen = [looks[i] for i in spread(directions, number)]
@@ -349,8 +352,7 @@ def make_view(files: CaptureFiles, place: Place, look: Look, spec: CaptureSpec) 
         size = (-(-lens.width // cutout.shrink), -(-lens.height // cutout.shrink))
         photo = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_LINEAR), np.uint8)
     camera = place.camera(look, spec.resolution_px)
-    bgra = sample_view(photo, cutout, lens, look.window.turned(place.turn), place.turn, spec.resolution_px)
-    rgba = np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGBA), np.uint8)
+    rgba = sample_view(photo, cutout, lens, look.window.turned(place.turn), place.turn, spec.resolution_px)
     facts = view_facts(rgba, camera) | {
         "cut_off": any(look.facts.cut),
         "mask_agreement": round(place.agreement.get(name, -1.0), 6),

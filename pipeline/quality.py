@@ -112,7 +112,8 @@ def thickness(opaque: NDArray[np.bool_], camera: Camera) -> float:
     if not opaque.any():
         return 0.0
     # Inside a strip w pixels wide the next background pixel is (w + 1) / 2 away at most.
-    padded = np.pad(opaque, 1).astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(opaque.view(np.uint8))
+    padded = np.pad(opaque[top : top + height, left : left + width], 1).astype(np.uint8)
     radius = float(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE).max())
     distance = float(np.linalg.norm(camera.world_from_camera[:3, 3]))
     pixels_per_unit = float(camera.intrinsics[0, 0]) / max(distance, 1e-9)

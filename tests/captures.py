@@ -24,6 +24,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import pycolmap
+from PIL import Image
 
 from pipeline.capture import CaptureFiles
 from pipeline.types import AssetError, FailureKind
@@ -94,7 +95,7 @@ def bend_of(model: str, width: int, height: int) -> Bend:
     values: dict[str, float] = {"fx": focal, "fy": focal, "cx": width / 2 + 6.3, "cy": height / 2 - 4.1}
     if model in ("PINHOLE", "OPENCV"):
         values["fy"] = focal * 1.04
-    if model != "PINHOLE" and model != "SIMPLE_PINHOLE":
+    if model not in ("PINHOLE", "SIMPLE_PINHOLE"):
         values["k1"] = -0.16 if model != "RADIAL" else 0.12
     if model in ("RADIAL", "OPENCV"):
         values["k2"] = 0.06
@@ -308,10 +309,8 @@ def make_capture(
     frames, masks, visible = {}, {}, {}
     for name, pose in poses.items():
         photo, mask = photo_of(pose, lens, samples)
-        frames[name] = cv2.imencode(
-            ".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-        )[1].tobytes()
-        masks[name] = cv2.imencode(".png", mask)[1].tobytes()
+        frames[name] = jpeg(photo, quality)
+        masks[name] = png(mask)
         visible[name] = _whole_discs(pose, lens)
     floor = np.concatenate([rng.uniform(-3, 3, (300, 2)), np.zeros((300, 1))], 1)
     points = np.concatenate([_surface_points(rng, 200), floor[(np.abs(floor[:, :2]) > 1.1).any(axis=1)]])
@@ -450,8 +449,13 @@ def picture(data: bytes) -> Array:
     return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+def png(image: Array) -> bytes:
+    """Encode as PNG with Pillow, which the maskers of the field write with."""
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG")
+    return sink.getvalue()
+
+
 def jpeg(rgb: Array, quality: int = 95) -> bytes:
     """Encode RGB [H, W, 3] as JPEG."""
-    sink = io.BytesIO()
-    sink.write(cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
-    return sink.getvalue()
+    return cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
