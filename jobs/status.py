@@ -27,12 +27,13 @@ def corpus_status(store: Store) -> dict[str, Any]:
             retryable += sum(bool(value) for value in receipt.rows["retryable"].to_pylist())
             num_bytes += receipt.shard_bytes
         spec = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}")
+        pictures = spec.capture if spec.is_captured else spec.render
         plans.append(
             {
                 "plan_set": plan.id,
                 "source": spec.source.kind,
-                "resolution_px": spec.render.resolution_px,
-                "num_views": spec.render.num_views,
+                "resolution_px": pictures.resolution_px,
+                "num_views": pictures.num_views,
                 "planned": plan.num_assets,
                 "samples": samples,
                 "failures": dict(sorted(kinds.items())),
@@ -54,7 +55,7 @@ def status_text(status: dict[str, Any]) -> str:
         shards, failed = plan["shards"], sum(plan["failures"].values())
         open_objects = plan["planned"] - plan["samples"] - failed
         lines += [
-            f"{plan['plan_set']}: {plan['source']}, {plan['num_views']} views of {plan['resolution_px']} px",
+            f"{plan['plan_set']}: {plan['source']}, {plan['num_views'] or 'all'} views of {plan['resolution_px']} px",
             f"  shards   {shards['committed']} of {shards['planned']} committed, {plan['bytes'] / 1e6:.1f} MB"
             + (f"; missing SHARDS={plan['missing_shards']}" if plan["missing_shards"] else ""),
             f"  objects  {plan['planned']} planned, {plan['samples']} samples, {failed} failures, {open_objects} open",
