@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,7 @@ class IngestWorker(Supervisor):
                 num_threads=1,  # of BLAS, whose sums depend on their number; frames have threads of their own
                 memory_bytes=self._limits.memory_bytes,
                 starter=self._starter,
+                variables={"U2NET_HOME": os.environ.get("U2NET_HOME") or str(Path("~/.u2net").expanduser())},
             )
             until = time.monotonic() + START_DEADLINE_S
             header, _ = self._receive(self._child, until, f"{START_DEADLINE_S:g} s to start")

@@ -188,8 +188,9 @@ class ChildProcess:
         memory_bytes: int,
         starter: ThreadPoolExecutor,
         device: str = "cpu",
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        environment = scrubbed_environment(home, num_threads, device=device)
+        environment = scrubbed_environment(home, num_threads, device=device) | dict(variables or {})
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
         arguments = {
