@@ -42,9 +42,10 @@ _captures: dict[str, CaptureSource] = {}
 def producer_of(spec: DatasetSpec) -> tuple[Producer, str]:
     """Return what makes a spec's samples, and its name and version as they enter the fingerprint."""
     if spec.is_captured:
-        from pipeline import mvimgnet
+        # Only captures need pycolmap.
+        from pipeline.mvimgnet import producer
 
-        return ingest_capture, mvimgnet.producer()
+        return ingest_capture, producer()
     return render_asset, render.producer()
 
 
