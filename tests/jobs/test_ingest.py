@@ -15,15 +15,15 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.build import build
+from jobs.build import build, freeze_plan
 from jobs.check import check_captures
 from jobs.ingest_worker import IngestWorker
-from jobs.produce import close_worker, ingest_capture, producer_of
+from jobs.produce import Producer, close_worker, ingest_capture, producer_of
 from lrm.train import train
 from pipeline import redistribution, version
 from pipeline.members import FileMember, OpenCapture
 from pipeline.reader import VersionReader
-from pipeline.receipt import load
+from pipeline.receipt import commit_shard, load
 from pipeline.report import write_report
 from pipeline.sample import sample_metadata
 from pipeline.sources import list_assets, open_captures
@@ -83,6 +83,16 @@ def spec_of(zips: Path, **changes: Any) -> DatasetSpec:
         "split": SplitSpec(heldout_per_mille=0),
     }
     return DatasetSpec(**(values | changes))
+
+
+def build_here(spec: DatasetSpec, corpus: Path, scratch: Path, produce: Producer | None = None) -> None:
+    """What the job does, in this process: Ray takes seconds to start."""
+    store, make = open_store(str(corpus)), produce or producer_of(spec)[0]
+    plan = freeze_plan(spec, store)
+    for shard in plan.shards:
+        results = {asset.uid: make(spec, plan.fingerprint, asset) for asset in shard.assets}
+        commit_shard(store, shard, results, scratch)
+    close_worker()
 
 
 # The child and its supervisor
@@ -282,7 +292,7 @@ def test_every_capture_has_a_row_that_tells_what_became_of_it(corpus: Path) -> N
 
 
 def test_the_same_zips_give_the_same_shards(corpus: Path, zips: Path, tmp_path: Path) -> None:
-    build(spec_of(zips), str(tmp_path / "again"), show_progress=False)
+    build_here(spec_of(zips), tmp_path / "again", tmp_path)
     first, again = ({path.name for path in (root / "shards").iterdir()} for root in (corpus, tmp_path / "again"))
     assert first == again
 
@@ -332,7 +342,7 @@ def test_a_version_with_mvimgnet_says_so_and_stays_out_of_public_stores(
 
 def test_other_corpora_may_be_public(tmp_path: Path) -> None:
     spec = DatasetSpec(name="balls", source=ProceduralSource(num_objects=2))
-    build(spec, str(tmp_path / "c"), produce=fakes.produce, show_progress=False)
+    build_here(spec, tmp_path / "c", tmp_path, fakes.produce)
     store = open_store(str(tmp_path / "c"))
     version.mark_public(store)
     published, _ = version.publish(store, version.plan_sets(store))
@@ -342,11 +352,11 @@ def test_other_corpora_may_be_public(tmp_path: Path) -> None:
 # Both kinds in one version
 
 
-def test_one_version_mixes_renders_and_photos_and_trains(corpus: Path, zips: Path, tmp_path: Path) -> None:
+def test_one_version_mixes_renders_and_photos_and_trains(zips: Path, tmp_path: Path) -> None:
     mixed = str(tmp_path / "mixed")
     balls = DatasetSpec(name="balls", source=ProceduralSource(num_objects=3), split=SplitSpec(heldout_per_mille=0))
-    build(balls, mixed, produce=fakes.produce, show_progress=False)
-    build(spec_of(zips), mixed, show_progress=False)
+    build_here(balls, tmp_path / "mixed", tmp_path, fakes.produce)
+    build_here(spec_of(zips), tmp_path / "mixed", tmp_path)
     store = open_store(mixed)
     published, _ = version.publish(store, version.plan_sets(store))
     assert published.counts["sources"] == {"mvimgnet": 2, "procedural": 3}
