@@ -4,9 +4,9 @@
               ^ a capture's members, mostly side by side   ^ and its entries, side by side
 
 `scan_directory` walks the central directory of an archive once, in blocks, holding one block: 164 thousand entries are
-12 MB and take 0.3 s of one core. Whoever lists notes which run of the directory is a capture's; whoever reads the capture
-later asks for that run alone, 4 KB, and for the members that its entries point to. So a worker never reads a whole
-directory, and an index of 7 million files is two numbers a capture.
+12 MB and take 0.3 s of one core. Whoever lists notes which run of the directory is a capture's; whoever reads the
+capture later asks for that run alone, 4 KB, and for the members that its entries point to. So a worker never reads a
+whole directory, and an index of 7 million files is two numbers a capture.
 
 `zipfile` would read and hold every entry of a directory before it gives the first (87 MB for such an archive), and
 cannot start from a part of it; its inflating is zlib's, which is used here alike.

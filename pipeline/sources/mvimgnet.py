@@ -7,8 +7,8 @@
                                    folder beside the classes whose name holds "mask", extracted
 
 Listing reads the central directory of each zip once, in blocks: 3.4 microseconds of one core an entry, so half a minute
-for the 7 million files of 43 zips, with two numbers a capture and zip in memory, 1 KB. Those numbers, where in the directory the
-capture's entries stand, go into the asset's uri and so into the frozen plan:
+for the 7 million files of 43 zips, with two numbers a capture and zip in memory, 1 KB. Those numbers, where in the
+directory the capture's entries stand, go into the asset's uri and so into the frozen plan:
 
     mvimgnet:0/3a004e55?path=mvi_07.zip:1203456-4096&check=5f0c...
 
