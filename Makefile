@@ -13,6 +13,7 @@ VIEWS  ?= 3
 ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
+PUBLIC ?=
 SET    ?=
 TIME_S ?= 600
 SEED   ?=
@@ -31,11 +32,11 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render dataset retry calibrate bench-render bench-corpus publish diff verify tombstone \
-	compact gc status report train test test-crash lint format s3-up clean
+.PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
+	publish diff verify tombstone compact gc status report train test test-crash lint format s3-up clean
 
 help: ## list every target with its variables
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## make .venv with exact versions [PYTHON=python3.11 or python3.13]
 
@@ -61,6 +62,12 @@ dataset: $(VENV)/.ready ## bring a corpus to what a spec says: make what it lack
 retry: $(VENV)/.ready ## try again what failed with some kinds [KIND=render_timeout,network SPEC= CORPUS= SET= JSON=1]
 	@$(CLI) retry --spec '$(SPEC)' --corpus '$(CORPUS)' --kind '$(KIND)' $(flags_set) $(flags_json)
 
+ingest: $(VENV)/.ready ## photographs (MVImgNet, COLMAP) to shards on Ray [SPEC= CORPUS= SHARDS=0-3 SET="source.path=... ..." JSON=1]
+	@$(CLI) ingest --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
+
+check-captures: $(VENV)/.ready ## only the checks over an archive of photographs, drawn [SPEC= OUT=out SET= JSON=1]
+	@$(CLI) check-captures --spec '$(SPEC)' --out '$(OUT)/checks' $(flags_set) $(flags_json)
+
 calibrate: $(VENV)/.ready ## print what samples and the noise target give and cost [SPEC= SET= JSON=1 ASSETS=6 VIEWS=3]
 	@$(CLI) calibrate --spec '$(SPEC)' --assets '$(ASSETS)' --views '$(VIEWS)' $(flags_set) $(flags_json)
 
@@ -70,8 +77,11 @@ bench-render: $(VENV)/.ready ## our renderer against the public scripts' way: sp
 bench-corpus: $(VENV)/.ready ## a million made-up objects: time and memory of plan, merge, publish, status, diff, open [OBJECTS=1000000]
 	@$(BIN)/python -m tests.bench.corpus --objects '$(OBJECTS)' $(ARGS)
 
-publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 JSON=1; SPEC= SET= for one spec of several]
-	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
+bench-ingest: $(VENV)/.ready ## photographs from zip to shard, beside decode + remap + encode alone [ARGS="--captures 20"]
+	@$(BIN)/python -m tests.bench.ingest $(ARGS)
+
+publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 PUBLIC=1 JSON=1; SPEC= SET= for one spec of several]
+	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(PUBLIC),--public) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
 diff: $(VENV)/.ready ## what changed between two versions, by object [CORPUS= A=1 B=latest FILE=diff.json JSON=1]
 	@$(CLI) diff --corpus '$(CORPUS)' --a '$(A)' --b '$(B)' $(if $(FILE),--out '$(FILE)') $(flags_json)

@@ -32,16 +32,16 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.produce import Producer, check_device, render_asset
+from jobs.produce import Producer, check_device, producer_of, render_asset
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import READ_THREADS, receipt_sizes
 from pipeline.plan import PlanSet, ShardPlan
-from pipeline.sources import open_source
+from pipeline.redistribution import licenses_of_source, refuse_public
+from pipeline.sources import list_assets
 from pipeline.spec import DatasetSpec, WorkerSpec
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
-from render import producer
 from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
@@ -104,8 +104,9 @@ class _OpenShard:
 
 
 def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
-    """Return the frozen plan of a spec for this machine's renderer, making it if there is none."""
-    return plans.freeze(store, spec, spec.fingerprint(producer()), open_source(spec).list_assets, producer())
+    """Return the frozen plan of a spec for this machine's producer, making it if there is none."""
+    name = producer_of(spec)[1]
+    return plans.freeze(store, spec, spec.fingerprint(name), lambda: list_assets(spec), name)
 
 
 def build(
@@ -114,15 +115,15 @@ def build(
     shards: str = "all",
     *,
     plan_set: str | None = None,
-    produce: Producer = render_asset,
+    produce: Producer | None = None,
     show_progress: bool = True,
 ) -> Summary:
-    """Render the asked shards of a dataset into a corpus, skipping those already committed.
+    """Render or ingest the asked shards of a dataset into a corpus, skipping those already committed.
 
     Args:
         shards: "all", "7", "0-63" or "3,9": indexes of the frozen plan.
         plan_set: name of a frozen plan, such as a delta; default the spec's own, frozen now if there is none.
-        produce: what turns an asset into a result; tests pass one without Blender.
+        produce: what turns an asset into a result, default the spec's; tests pass one without Blender.
 
     Raises:
         UserError: in one line, for a spec, store or shard list that cannot be used.
@@ -130,14 +131,16 @@ def build(
     """
     store = open_store(corpus)
     store.probe()
-    fingerprint = spec.fingerprint(producer())
+    maker, name = producer_of(spec)
+    produce = produce or maker
+    fingerprint = spec.fingerprint(name)
     if plan_set is not None:
         plan: PlanSet | None = _load_plan(store, plan_set, fingerprint)
     else:
         plan = plans.find(store, spec, fingerprint)
     if plan is not None:
         return run(spec, store, lambda: [(plan, plans.parse_shards(shards, len(plan.shards)))], produce, show_progress)
-    drafted = plans.draft(spec, fingerprint, open_source(spec).list_assets(), producer=producer())
+    drafted = plans.draft(spec, fingerprint, list_assets(spec), producer=name)
     plans.parse_shards(shards, len(drafted.shards))
 
     def freeze() -> Work:
@@ -168,7 +171,7 @@ def run(
     spec: DatasetSpec,
     store: Store,
     freeze: Callable[[], Work],
-    produce: Producer = render_asset,
+    produce: Producer,
     show_progress: bool = True,
     *,
     is_frozen: bool = True,
@@ -180,7 +183,9 @@ def run(
             to be there.
     """
     begun = time.monotonic()
-    fingerprint = spec.fingerprint(producer())
+    refuse_public(store, licenses_of_source(spec), f"spec {spec.name}")
+    _check_workers(spec)
+    fingerprint = spec.fingerprint(producer_of(spec)[1])
     summary = Summary(corpus=store.url, plan_set="", fingerprint=fingerprint)
     todo = _todo(store, freeze(), summary) if is_frozen else []
     if todo or not is_frozen:
@@ -192,6 +197,14 @@ def run(
                 _Driver(spec, store, fingerprint, produce, summary, bar).run(todo)
     summary.elapsed_s = time.monotonic() - begun
     return summary
+
+
+def _check_workers(spec: DatasetSpec) -> None:
+    if spec.is_captured and spec.workers.device != "cpu":
+        raise UserError(
+            f"spec {spec.name}: workers.device is {spec.workers.device!r}, but captures are read on the CPU; set "
+            "workers.device = 'cpu' and workers.num_gpus = 0"
+        )
 
 
 def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
@@ -238,7 +251,7 @@ def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
     done = summary.samples + sum(summary.failures.values())
     # In a log file a bar that redraws itself is a line each time.
     pace = {} if sys.stderr.isatty() else {"mininterval": 20.0, "ascii": True}
-    options = {"unit": "obj", "desc": "render", "disable": not show, "smoothing": 0.1} | pace
+    options = {"unit": "obj", "desc": "objects", "disable": not show, "smoothing": 0.1} | pace
     with tqdm(total=summary.planned, initial=done, **options) as bar:
         yield bar
 
@@ -402,7 +415,7 @@ class _Driver:
                 asset = shard.waiting.pop()
                 workers = self.spec.workers
                 task = _make.options(
-                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"render {asset.uid}"[:100]
+                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"make {asset.uid}"[:100]
                 )
                 status, result = task.remote(self.produce, self.spec, self.fingerprint, asset)
                 self.making[status] = (shard, asset, result)

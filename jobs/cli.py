@@ -1,6 +1,7 @@
 """The command line: one verb a job. Everything else is in the dataset spec, a TOML file.
 
     lrm-corpus render --spec jobs/specs/demo.toml --corpus out/corpus --shards all
+    lrm-corpus ingest --spec jobs/specs/mvimgnet.toml --corpus out/corpus
     lrm-corpus publish --corpus out/corpus
     lrm-corpus train --corpus out/corpus --version latest --config tiny --out out/train
 
@@ -16,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -64,20 +66,54 @@ VersionText = Annotated[str, typer.Option(help="a number, or latest")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 
 
+Shards = Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")]
+PlanName = Annotated[str | None, typer.Option("--plan", help="a frozen plan by name, such as a delta")]
+
+
 @command
 def render(
     spec: SpecPath,
     corpus: Corpus,
-    shards: Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")] = "all",
-    plan_set: Annotated[str | None, typer.Option("--plan", help="a frozen plan by name, such as a delta")] = None,
+    shards: Shards = "all",
+    plan_set: PlanName = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Render the asked shards on Ray: locally, or on the cluster of RAY_ADDRESS. Running it again is safe."""
+    _build(spec, corpus, shards, plan_set, overrides, as_json, captured=False)
+
+
+@command
+def ingest(
+    spec: SpecPath,
+    corpus: Corpus,
+    shards: Shards = "all",
+    plan_set: PlanName = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Ingest the asked shards of a spec of photographs, on Ray as `render`. Running it again is safe."""
+    _build(spec, corpus, shards, plan_set, overrides, as_json, captured=True)
+
+
+def _build(
+    path: Path,
+    corpus: str,
+    shards: str,
+    plan_set: str | None,
+    overrides: list[str] | None,
+    as_json: bool,
+    *,
+    captured: bool,
+) -> None:
     from jobs.build import build
     from pipeline.spec import load_spec
 
-    summary = build(load_spec(spec, overrides or ()), corpus, shards, plan_set=plan_set)
+    spec = load_spec(path, overrides or ())
+    if spec.is_captured is not captured:
+        holds, verb = ("photographs", "ingest") if spec.is_captured else ("3D assets", "render")
+        raise UserError(f"spec {path}: source {spec.source.kind} holds {holds}; use `make {verb} SPEC={path}`")
+    summary = build(spec, corpus, shards, plan_set=plan_set)
     failed = sum(summary.failures.values())
     if summary.shards_done_before == summary.shards_asked:
         typer.echo(f"nothing to do: all {summary.shards_asked} asked shard(s) are committed", err=True)
@@ -175,6 +211,27 @@ def _say(text: str) -> None:
 
 
 @command
+def check_captures(
+    spec: SpecPath,
+    out: Annotated[Path, typer.Option(help="folder for checks.html, checks.json and their pictures")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Run the checks alone over an archive of photographs, and draw what they reject and why."""
+    from jobs import check as job
+    from pipeline.capture_checks import ACCEPTED
+    from pipeline.spec import load_spec
+
+    checks, page = job.check_captures(load_spec(spec, overrides or ()), out, num_workers=os.cpu_count() or 1)
+    counts = Counter(check.kind for check in checks)
+    for kind, count in sorted(counts.items(), key=lambda item: (item[0] != ACCEPTED, -item[1], item[0])):
+        typer.echo(f"  {count:6d} {kind}", err=True)
+    typer.echo(f"wrote {page}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"captures": len(checks), "counts": dict(sorted(counts.items())), "page": str(page)}))
+
+
+@command
 def calibrate(
     spec: SpecPath,
     overrides: Overrides = None,
@@ -203,23 +260,26 @@ def publish(
     spec: Annotated[Path | None, typer.Option("--spec", help="publish this spec's plans only, by its rules")] = None,
     deep: Deep = False,
     overrides: Overrides = None,
+    public: Annotated[bool, typer.Option(help="mark the store as one that anybody can read, for good")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a version of what is committed, after checking that every shard is there. Versions never change."""
+    from jobs.produce import producer_of
     from pipeline import version
     from pipeline.listing import Listing
     from pipeline.spec import load_spec
     from pipeline.store import open_store
-    from render import producer
 
     if overrides and spec is None:
         raise UserError(f"--set {overrides[0]!r} needs --spec: settings change a spec, and publish took none")
     store = open_store(corpus, must_exist=True)
     store.probe()
+    if public:
+        version.mark_public(store)
     chosen, loaded, table = version.plan_sets(store), None, None
     if spec is not None:
         loaded = load_spec(spec, overrides or ())
-        chosen, table = version.plans_of(chosen, loaded, loaded.fingerprint(producer()))
+        chosen, table = version.plans_of(chosen, loaded, loaded.fingerprint(producer_of(loaded)[1]))
         if not chosen:
             raise UserError(
                 f"corpus {corpus}: spec {spec} has no plan here under these settings; give the SET= that it was "

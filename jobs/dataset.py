@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.build import Summary, Work, run
-from jobs.produce import Producer, render_asset
+from jobs.produce import Producer, producer_of
 from pipeline import rebuild, version
 from pipeline.listing import Listing
 from pipeline.plan import PlanSet, assets_table, check_keys
 from pipeline.rebuild import Survey
-from pipeline.sources import open_source
+from pipeline.sources import list_assets
 from pipeline.spec import DatasetSpec
 from pipeline.store import Store, open_store
 from pipeline.types import UserError
 from pipeline.version import Version
-from render import producer
 
 MAX_LOOKS = 10
 """How often another launcher may freeze the next delta before us until we give up."""
@@ -60,8 +59,9 @@ class Rebuild:
 
     def __init__(self, spec: DatasetSpec, store: Store) -> None:
         self.spec, self.store = spec, store
-        self.fingerprint = spec.fingerprint(producer())
-        assets = open_source(spec).list_assets()
+        self.produce, self.producer = producer_of(spec)
+        self.fingerprint = spec.fingerprint(self.producer)
+        assets = list_assets(spec)
         check_keys(assets)
         self.listing = Listing.of(assets_table(assets))
 
@@ -79,7 +79,7 @@ class Rebuild:
         for _ in range(MAX_LOOKS):
             if not found.pending.num_rows:
                 return None
-            plan, ours = rebuild.freeze_pending(self.store, self.spec, self.fingerprint, found, producer())
+            plan, ours = rebuild.freeze_pending(self.store, self.spec, self.fingerprint, found, self.producer)
             if ours:
                 return plan
             found = self.look(kinds)
@@ -87,7 +87,9 @@ class Rebuild:
             f"corpus {self.store.url}: other launchers froze {MAX_LOOKS} plans in the meantime; run the command again"
         )
 
-    def make(self, found: Survey, kinds: tuple[str, ...] | None, produce: Producer, show_progress: bool) -> Summary:
+    def make(
+        self, found: Survey, kinds: tuple[str, ...] | None, produce: Producer | None, show_progress: bool
+    ) -> Summary:
         """Freeze what is pending and make all open work."""
 
         def freeze() -> Work:
@@ -96,7 +98,7 @@ class Rebuild:
                 return self.look().open_work
             return [(plan, list(range(len(plan.shards))))] if plan is not None else []
 
-        return run(self.spec, self.store, freeze, produce, show_progress, is_frozen=False)
+        return run(self.spec, self.store, freeze, produce or self.produce, show_progress, is_frozen=False)
 
 
 def _views_of(spec: DatasetSpec) -> int | None:
@@ -115,7 +117,7 @@ def make_dataset(
     *,
     dry_run: bool = False,
     deep: bool = False,
-    produce: Producer = render_asset,
+    produce: Producer | None = None,
     show_progress: bool = True,
     say: Say = lambda _: None,
 ) -> Rebuilt:
@@ -148,7 +150,7 @@ def retry(
     corpus: str,
     kinds: tuple[str, ...],
     *,
-    produce: Producer = render_asset,
+    produce: Producer | None = None,
     show_progress: bool = True,
     say: Say = lambda _: None,
 ) -> Rebuilt:

@@ -1,7 +1,7 @@
-"""Asset to Sample or Failure, inside a Ray worker process: admit, fetch, check, render.
+"""Asset to Sample or Failure, inside a Ray worker process: admit, fetch, check, then render or ingest.
 
-A worker process keeps one RenderWorker, and so one Blender child, alive across tasks. Every cause of failure that we
-can name comes back as a Failure; only the death of the process itself is left to the driver to count.
+A worker process keeps one RenderWorker or IngestWorker, and so one child, alive across tasks. Every cause of failure
+that we can name comes back as a Failure; only the death of the process itself is left to the driver to count.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
+import render
+from jobs.ingest_worker import IngestWorker
 from pipeline.admission import check_file, licence_admits
-from pipeline.sources import AssetSource, open_source
+from pipeline.sources import AssetSource, CaptureSource, open_captures, open_source
 from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec, digest_json
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
@@ -26,11 +29,25 @@ Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
 """(spec, fingerprint, asset) -> Sample or Failure. Raises nothing but UserError, which ends the run, and what ends the
 process."""
 
+W = TypeVar("W", RenderWorker, IngestWorker)
+S = TypeVar("S", AssetSource, CaptureSource)
+
 # Ray assigns GPUs task by task. A child that was started for another GPU must not go on on it.
 _ASSIGNED = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
-_workers: dict[str, RenderWorker] = {}
+_workers: dict[str, RenderWorker | IngestWorker] = {}
 _sources: dict[str, AssetSource] = {}
+_captures: dict[str, CaptureSource] = {}
+
+
+def producer_of(spec: DatasetSpec) -> tuple[Producer, str]:
+    """Return what makes a spec's samples, and its name and version as they enter the fingerprint."""
+    if spec.is_captured:
+        # Only captures need pycolmap.
+        from pipeline.mvimgnet import producer
+
+        return ingest_capture, producer()
+    return render_asset, render.producer()
 
 
 def render_asset(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
@@ -39,10 +56,25 @@ def render_asset(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | 
     Raises:
         UserError: what the user must mend before any object can be made, such as a GPU that is not there.
     """
+    return _try(_render, spec, fingerprint, asset)
+
+
+def ingest_capture(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make one sample of photographs; tries and failures as in `render_asset`.
+
+    Raises:
+        UserError: what the user must mend before any capture can be read, such as a folder that is not there.
+    """
+    return _try(_ingest, spec, fingerprint, asset)
+
+
+def _try(
+    attempt_one: Callable[[DatasetSpec, str, Asset], Sample], spec: DatasetSpec, fingerprint: str, asset: Asset
+) -> Sample | Failure:
     begun = time.monotonic()
     for attempt in range(1, spec.limits.max_attempts + 1):
         try:
-            sample = _attempt(spec, fingerprint, asset)
+            sample = attempt_one(spec, fingerprint, asset)
         except UserError as error:
             raise UserError(f"{error} (on {socket.gethostname()})") from None
         except AssetError as error:
@@ -69,18 +101,29 @@ def check_device(spec: DatasetSpec, fingerprint: str) -> None:
         UserError: what the user must mend, such as a GPU that is not there.
     """
     try:
-        _worker(spec, fingerprint).start()
+        _worker(RenderWorker, spec, fingerprint).start()
     except UserError as error:
         raise UserError(f"{error} (on {socket.gethostname()})") from None
     except AssetError:
         pass  # no word about the device: objects will fail with a kind, or not
 
 
-def _attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+def _ingest(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+    _check_licence(spec, asset)
+    capture = _source(spec, _captures, open_captures).open_capture(asset)
+    sample = _worker(IngestWorker, spec, fingerprint).ingest(asset, capture)
+    return replace(sample, provenance=dict(sample.provenance) | {"fetched_at": _now()})
+
+
+def _check_licence(spec: DatasetSpec, asset: Asset) -> None:
     reason = licence_admits(spec.admission.licenses, asset.license)
     if reason is not None:
         raise AssetError(FailureKind.LICENCE_EXCLUDED, reason)
-    path = _source(spec).fetch(asset)
+
+
+def _render(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+    _check_licence(spec, asset)
+    path = _source(spec, _sources, open_source).fetch(asset)
     fetched_at = _now()
     expected = None
     if path is not None:
@@ -88,32 +131,33 @@ def _attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
         if asset.sha256 is None:  # a catalogue that knows no digest: the row names what was rendered
             digest, num_bytes = digest_file(path)
             asset = replace(asset, sha256=digest, num_bytes=num_bytes)
-    sample = _worker(spec, fingerprint).render(asset, path, expected_triangles=expected)
+    sample = _worker(RenderWorker, spec, fingerprint).render(asset, path, expected_triangles=expected)
     return replace(sample, provenance=dict(sample.provenance) | {"fetched_at": fetched_at})
 
 
-def _source(spec: DatasetSpec) -> AssetSource:
+def _source(spec: DatasetSpec, opened: dict[str, S], open_one: Callable[[DatasetSpec], S]) -> S:
     """Return this process's source for a spec; opening one may cost an index, so it is kept."""
     name = digest_json([spec.source.model_dump(mode="json"), spec.fetch.model_dump(mode="json")])
-    if name not in _sources:
-        _sources[name] = open_source(spec)
-    return _sources[name]
+    if name not in opened:
+        opened[name] = open_one(spec)
+    return opened[name]
 
 
-def _worker(spec: DatasetSpec, fingerprint: str) -> RenderWorker:
-    """Return this process's render worker, replacing one that was made for another spec or another GPU."""
+def _worker(kind: type[W], spec: DatasetSpec, fingerprint: str) -> W:
+    """Return this process's worker, replacing one that was made for another spec or another GPU."""
     assigned = [] if spec.workers.device == "cpu" else [os.environ.get(name) for name in _ASSIGNED]
     name = digest_json([fingerprint, spec.model_dump(mode="json"), assigned])
-    if name not in _workers:
+    worker = _workers.get(name)
+    if not isinstance(worker, kind):
         close_worker()
         threads = max(1, round(spec.workers.num_cpus))
-        _workers[name] = RenderWorker(spec, fingerprint=fingerprint, num_threads=threads)
-    return _workers[name]
+        worker = _workers[name] = kind(spec, fingerprint=fingerprint, num_threads=threads)
+    return worker
 
 
 @atexit.register
 def close_worker() -> None:
-    """End this process's Blender child, if it has one."""
+    """End this process's child, if it has one."""
     while _workers:
         _workers.popitem()[1].close()
 

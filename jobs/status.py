@@ -29,14 +29,15 @@ def corpus_status(store: Store) -> dict[str, Any]:
         for tally in tallies:
             kinds.update(tally.failures)
         spec = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}")
+        pictures = spec.capture if spec.is_captured else spec.render
         plans.append(
             {
                 "plan_set": plan.id,
                 "kind": plan.kind,
                 "name": plan.name,
                 "source": spec.source.kind,
-                "resolution_px": spec.render.resolution_px,
-                "num_views": spec.render.num_views,
+                "resolution_px": pictures.resolution_px,
+                "num_views": pictures.num_views,
                 "planned": plan.num_assets,
                 "samples": sum(tally.samples for tally in tallies),
                 "failures": dict(sorted(kinds.items())),
@@ -58,7 +59,7 @@ def status_text(status: dict[str, Any]) -> str:
         shards, failed = plan["shards"], sum(plan["failures"].values())
         open_objects = plan["planned"] - plan["samples"] - failed
         lines += [
-            f"{plan['plan_set']}: {plan['source']}, {plan['num_views']} views of {plan['resolution_px']} px",
+            f"{plan['plan_set']}: {plan['source']}, {plan['num_views'] or 'all'} views of {plan['resolution_px']} px",
             f"  shards   {shards['committed']} of {shards['planned']} committed, {plan['bytes'] / 1e6:.1f} MB"
             + (f"; missing SHARDS={plan['missing_shards']}" if plan["missing_shards"] else ""),
             f"  objects  {plan['planned']} planned, {plan['samples']} samples, {failed} failures, {open_objects} open",

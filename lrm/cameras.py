@@ -15,7 +15,9 @@ stay true only if the world is scaled by 2 / d with it (camera centres too, intr
 3.0 this makes the object 0.67 to 1.33 times its size, so that an object that fills [-1, 1]^3 leaves the box that the
 renderer integrates over, and its other views cannot be explained. We therefore keep d by default, for renders as for
 captures: one rule for both, sizes stay in the box, and the 20 camera numbers tell the model the distance.
-`distance=2.0` gives the paper's reading, and a fixed camera to assume where an image comes without one.
+`distance=2.0` gives the paper's reading, and a fixed camera to assume where an image comes without one. It is for
+renders only: the paper's [0, -dis, 0] of video keeps the captured distance, 3.4 to 7.3 half sizes of the object, and
+`input_distance` says so by the sample's source.
 Either way a turned box has corners up to sqrt(3) from the origin; what a preset's objects put there is lost.
 
 **Pixels.** The origin is the image's top-left corner, so a resize from W to W' scales the first row of K by W' / W and
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.spec import CAPTURE_SOURCES
 from pipeline.types import Float64
 
 CAMERA_NUMBERS = 20
@@ -65,6 +68,19 @@ def normalize_cameras(world_from_camera: Float64, input_view: int, distance: flo
     if distance is not None:
         out[:, :3, 3] *= distance / np.linalg.norm(out[input_view, :3, 3])
     return out
+
+
+def input_distance(source: str, distance: float | None) -> float | None:
+    """Return the distance to bring a sample's input camera to: the one asked for, but a captured camera keeps its own.
+
+    A capture's distance and focal length were measured, and go together: scaled to 2, an object photographed from 6
+    half sizes would fill a third of the box.
+
+    Args:
+        source: of the sample, such as "objaverse" or "mvimgnet".
+        distance: as for `normalize_cameras`.
+    """
+    return None if source in CAPTURE_SOURCES else distance
 
 
 def resize_intrinsics(intrinsics: Float64, scale_x: float, scale_y: float) -> Float64:

@@ -41,7 +41,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lrm.cameras import camera_numbers, crop_intrinsics, normalize_cameras, resize_intrinsics
+from lrm.cameras import camera_numbers, crop_intrinsics, input_distance, normalize_cameras, resize_intrinsics
 from lrm.config import DataConfig
 from lrm.order import Draw, KeyedDraws, SampleOrder
 from pipeline.reader import DamagedDataError, VersionReader
@@ -110,9 +110,9 @@ def decode_view(data: bytes, camera: Camera, name: str) -> Float32:
     return over_white(rgba)
 
 
-def normalized_poses(cameras: list[Camera], config: DataConfig) -> Float64:
-    """Return the poses [V, 4, 4] of cameras, the first being the input, in the input camera's world."""
-    distance = None if config.input_distance == "keep" else config.input_distance
+def normalized_poses(cameras: list[Camera], config: DataConfig, source: str) -> Float64:
+    """Return the poses [V, 4, 4] of a sample's cameras, the first being the input, in the input camera's world."""
+    distance = input_distance(source, None if config.input_distance == "keep" else config.input_distance)
     return normalize_cameras(np.stack([camera.world_from_camera for camera in cameras]), 0, distance)
 
 
@@ -136,7 +136,7 @@ def load_sample(
     cameras = [read.header.cameras[view] for view in draw.views]
     images = [decode_view(planes["rgba"], camera, read.header.key) for planes, camera in zip(read.planes, cameras)]
     try:
-        poses = normalized_poses(cameras, config)
+        poses = normalized_poses(cameras, config, str(read.header.metadata["source"]))
     except ValueError as error:
         raise DamagedDataError(f"sample {read.header.key}: view {draw.input_view}: {error}") from None
     draws, windows = KeyedDraws(draw.crop_key), []

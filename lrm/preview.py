@@ -73,7 +73,7 @@ def predict_views(
     read = reader.read_views(row, views)
     cameras = [read.header.cameras[view] for view in views]
     images = [decode_view(planes["rgba"], camera, read.header.key) for planes, camera in zip(read.planes, cameras)]
-    poses = normalized_poses(cameras, config.data)
+    poses = normalized_poses(cameras, config.data, str(read.header.metadata["source"]))
     fields = input_fields(images[0], cameras[0], poses[0], config.model.encoder.image_px)
     novel = zip(images[1:], cameras[1:])
     truths = [cut_window(image, camera.intrinsics, image_px, 0, 0, image_px) for image, camera in novel]

@@ -51,9 +51,9 @@ READ_THREADS = 16
 COMPACT_RANK = 1_000_000
 """Rows of a compaction stand in front of those of any delta: they point to the copy that is to be read."""
 
-WHOLE_FORMATS = frozenset({"glb", "stl", "ply", "usdz"})
+WHOLE_FORMATS = frozenset({"glb", "stl", "ply", "usdz", "capture"})
 """Formats whose main file is the whole object: equal files are equal objects. An OBJ or glTF names side files, and its
-digest does not cover them."""
+digest does not cover them. The digest of a capture covers all that was read of it (`pipeline.members`)."""
 
 _POINTERS = ("num_views", "planes", "codecs", "shard_sha256", "shard_bytes", "offset", "lengths", "crc32s")
 _BATCH = 64

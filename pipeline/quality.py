@@ -112,7 +112,8 @@ def thickness(opaque: NDArray[np.bool_], camera: Camera) -> float:
     if not opaque.any():
         return 0.0
     # Inside a strip w pixels wide the next background pixel is (w + 1) / 2 away at most.
-    padded = np.pad(opaque, 1).astype(np.uint8)
+    left, top, width, height = cv2.boundingRect(opaque.view(np.uint8))
+    padded = np.pad(opaque[top : top + height, left : left + width], 1).astype(np.uint8)
     radius = float(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE).max())
     distance = float(np.linalg.norm(camera.world_from_camera[:3, 3]))
     pixels_per_unit = float(camera.intrinsics[0, 0]) / max(distance, 1e-9)
@@ -247,6 +248,15 @@ _LIMITS = (
     _Limit(
         "thickness_median", "min_median_thickness", -1, FailureKind.THIN, "its median thickness over its size, by view"
     ),
+    # These six are of captures only; a rendered sample's record lacks their figures.
+    _Limit("num_good_frames", "min_frames", -1, FailureKind.TOO_FEW_FRAMES, "the number of good frames"),
+    _Limit("registered_share", "min_registered_share", -1, FailureKind.POOR_MODEL, "the share of frames with a pose"),
+    _Limit("reprojection_px", "max_reprojection_px", 1, FailureKind.POOR_MODEL, "the mean reprojection error (px)"),
+    _Limit("sweep_deg", "min_sweep_deg", -1, FailureKind.NARROW_SWEEP, "the widest angle between views in degrees"),
+    _Limit(
+        "mask_agreement", "min_mask_agreement", -1, FailureKind.MASK_DISAGREES, "the masks' overlap with the points"
+    ),
+    _Limit("cut_off_share", "max_cut_off", 1, FailureKind.CUT_OFF, "the share of views that their frame cuts"),
 )
 
 _FLAG_RULES: tuple[tuple[Flag, str, FailureKind, str], ...] = (

@@ -80,6 +80,8 @@ class FailureKind(StrEnum):
     NARROW_SWEEP = "narrow_sweep"
     POOR_MODEL = "poor_model"
     EXCLUDED = "excluded"  # on a list of the user's
+    INGEST_TIMEOUT = "ingest_timeout"
+    INGEST_CRASH = "ingest_crash"
     INTERNAL = "internal"
 
     @property
@@ -94,6 +96,8 @@ _RETRYABLE = frozenset(
         FailureKind.RENDER_TIMEOUT,
         FailureKind.RENDER_CRASH,
         FailureKind.OUT_OF_MEMORY,
+        FailureKind.INGEST_TIMEOUT,
+        FailureKind.INGEST_CRASH,
         FailureKind.INTERNAL,
     }
 )

@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import SCHEMA, manifest, plan, verify
+from pipeline import SCHEMA, manifest, plan, redistribution, verify
 from pipeline.listing import Listing, last_of_each
 from pipeline.plan import PlanSet, check_schema
 from pipeline.quality import Refusal
+from pipeline.redistribution import redistributable, refuse_public
 from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
 from pipeline.store import Outcome, Store
@@ -294,11 +295,14 @@ def _append(store: Store, draft: Callable[[Version | None], Draft], *, deep: boo
         newest = open_version(store, parent) if parent else None
         body, table, tombstones = draft(newest)
         table = _bury(table, tombstones)
+        counts = _counts(table)
+        refuse_public(store, counts["licenses"], "this version")
         verify.check_shards(store, table, known=shards_of(store, parent) if parent else (), deep=deep)
         sha256, num_bytes = manifest.write_manifest(store, table)
         body = body | {
             "manifest": {"sha256": sha256, "num_bytes": num_bytes, "num_rows": table.num_rows},
-            "counts": body["counts"] | _counts(table),
+            "counts": body["counts"] | counts,
+            "redistributable": redistributable(counts["licenses"]),
             "tombstones": sorted(tombstones),
         }
         shards = sorted(pc.unique(table["shard_sha256"].drop_null()).to_pylist())
@@ -340,6 +344,22 @@ def _create_same(store: Store, key: str, data: bytes) -> None:
             f"corpus {store.url}: {key} is damaged: it holds other bytes than this version's; "
             "move it away and publish again"
         )
+
+
+def mark_public(store: Store) -> None:
+    """Mark a store as one that anybody can read, unless a version in it holds what may not be handed on.
+
+    Raises:
+        UserError: naming the version.
+    """
+    for number in range(1, latest_number(store) + 1):
+        version = open_version(store, number)
+        if not redistributable(version.counts["licenses"]):
+            raise UserError(
+                f"corpus {store.url}: version {number} may not be redistributed, so this store cannot be public; "
+                "publish what may from another CORPUS"
+            )
+    redistribution.mark_public(store)
 
 
 def _counts(table: pa.Table) -> dict[str, Any]:

@@ -10,12 +10,9 @@ network where the system lets it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import os
-import resource
-import signal
 import sys
 import time
 import traceback
@@ -26,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import RenderSpec
 from pipeline.types import AssetError, Camera, FailureKind, PlaneName
-from render import wire
+from render import confine, wire
 from render.cameras import cameras_for, cropped_share
 from render.views import pack_view
 
@@ -34,15 +31,6 @@ if TYPE_CHECKING:
     from render.denoise import Denoiser
     from render.engine import RenderedView
     from render.scene import PreparedScene
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
-_MAX_FILE_BYTES = 2 * 2**30
-
-# Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
-# space, since Blender reserves far more addresses than it touches.
-_DATA_FACTOR, _DATA_SLACK_BYTES = 1.5, 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    _die_with(args.parent_pid)
-    _limit(args.memory_bytes)
-    network = _leave_network()
+    confine.die_with(args.parent_pid)
+    confine.limit(args.memory_bytes)
+    network = confine.leave_network()
     import bpy
 
     from render.devices import DeviceError, use_device, warm_up
@@ -169,36 +157,6 @@ def _denoiser(num_threads: int) -> Denoiser:
     from render.denoise import Denoiser
 
     return Denoiser(num_threads)
-
-
-def _die_with(parent_pid: int) -> None:
-    """Ask the kernel for SIGKILL when the supervisor's thread that started us ends; leave if it is gone already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # Had it died before prctl, nobody would send the signal.
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
-def _limit(memory_bytes: int) -> None:
-    for name, value in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
-        (resource.RLIMIT_DATA, int(memory_bytes * _DATA_FACTOR) + _DATA_SLACK_BYTES),
-    ):
-        _, hard = resource.getrlimit(name)
-        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (allowed, allowed))
-
-
-def _leave_network() -> str:
-    """Enter an empty network namespace, as root or in a user namespace of our own; return "none" or "open"."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for flags in (_CLONE_NEWNET, _CLONE_NEWUSER | _CLONE_NEWNET):
-        if libc.unshare(flags) == 0:
-            return "none"
-    return "open"
 
 
 if __name__ == "__main__":

@@ -188,8 +188,9 @@ class ChildProcess:
         memory_bytes: int,
         starter: ThreadPoolExecutor,
         device: str = "cpu",
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        environment = scrubbed_environment(home, num_threads, device=device)
+        environment = scrubbed_environment(home, num_threads, device=device) | dict(variables or {})
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
         arguments = {
@@ -226,6 +227,12 @@ class ChildProcess:
             fcntl.fcntl(result_read, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.log = LogRing(log_read)
         self.num_objects = 0
+
+    @property
+    def stdin_fd(self) -> int:
+        """The file descriptor that the child reads from."""
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
 
     def tell(self, line: bytes) -> None:
         """Write one request; a child that is gone is found out when its reply is read."""

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +28,6 @@ from numpy.typing import NDArray
 from pipeline.quality import judge, measure_sample
 from pipeline.spec import DatasetSpec
 from pipeline.types import (
-    MAX_LOG_TAIL_CHARS,
     MAX_MESSAGE_CHARS,
     Asset,
     AssetError,
@@ -43,20 +39,17 @@ from pipeline.types import (
     View,
     derive_seed,
 )
-from render import wire
 from render.cameras import CANONICAL_PX, NUM_SIDES, cameras_for
-from render.process import ChildProcess, ScratchFolder, default_command
+from render.process import ChildProcess, default_command
+from render.supervisor import Supervisor
 from render.views import EncodedView, bytes_per_pixel, encode_view, unpack_view
 
 START_DEADLINE_S = 120.0
 GPU_START_DEADLINE_S = 1800.0  # a driver may compile Cycles' kernels first: 5 to 10 minutes, once a machine
-_POLL_S = 0.2
 _ENCODERS = 2
 _MAX_IN_FLIGHT = 4
-_RECYCLE_MEMORY_SHARE = 0.5
 _MAX_NUMBER = 2**53  # beyond it integers are not exact in JSON, and may not fit a float at all
 
-_OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 _OPAQUE_IMPORT = re.compile(r"couldn't parse gltf", re.IGNORECASE)
 _EXCEPTION_LINE = re.compile(r"^[\w.]+(?:Error|Exception)\b.*$", re.MULTILINE)
 _PROCEDURAL = re.compile(r"^procedural:(\d+)$")
@@ -78,7 +71,7 @@ class _Job:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class RenderWorker:
+class RenderWorker(Supervisor):
     """Renders assets one after the other in a supervised child; a context manager, for one thread at a time.
 
     Args:
@@ -89,6 +82,10 @@ class RenderWorker:
         child_command: the command of the child; for tests.
     """
 
+    who = "Blender"
+    timeout_kind = FailureKind.RENDER_TIMEOUT
+    crash_kind = FailureKind.RENDER_CRASH
+
     def __init__(
         self,
         spec: DatasetSpec,
@@ -98,32 +95,20 @@ class RenderWorker:
         scratch_dir: Path | None = None,
         child_command: Sequence[str] | None = None,
     ) -> None:
+        view_bytes = spec.render.resolution_px**2 * sum(bytes_per_pixel(name) for name in spec.render.planes)
+        most = max(view_bytes, NUM_SIDES * CANONICAL_PX**2 * 4)
+        super().__init__(spec.limits, max_payload_bytes=most, scratch_dir=scratch_dir)
         self._spec = spec
         self._fingerprint = fingerprint
-        view_bytes = spec.render.resolution_px**2 * sum(bytes_per_pixel(name) for name in spec.render.planes)
-        self._max_payload_bytes = max(view_bytes, NUM_SIDES * CANONICAL_PX**2 * 4)
         self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
         self._command = list(child_command) if child_command is not None else default_command()
-        self._scratch = ScratchFolder(scratch_dir)
-        self._child: ChildProcess | None = None
         self._ready: dict[str, Any] = {}
-        self._starter = ThreadPoolExecutor(1, "render-start")
         self._encoders = ThreadPoolExecutor(_ENCODERS, "render-encode")
-
-    def __enter__(self) -> RenderWorker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Kill the child and all that it started, and remove its temporary folder. Safe to call twice."""
-        self._stop_child()
-        self._starter.shutdown()
+        super().close()
         self._encoders.shutdown()
-        self._scratch.close()
 
     def start(self) -> None:
         """Start the child, if there is none, and so learn whether its device is there.
@@ -213,19 +198,12 @@ class RenderWorker:
     def _converse(self, child: ChildProcess, job: _Job) -> None:
         """Take replies until the child is done with the asset: one scene, then each view in order, then done."""
         child.num_objects += 1
-        limits, uid = self._spec.limits, job.asset.uid
         while True:
-            until, what = (
-                time.monotonic() + limits.silence_s,
-                f"{limits.silence_s:g} s (limits.silence_s) without a word of",
-            )
-            if job.deadline <= until:
-                until, what = job.deadline, f"{limits.deadline_s:g} s (limits.deadline_s) to render"
-            header, payload = self._receive(child, until, f"{what} {uid}")
+            header, payload = self._receive(child, *self._next_word(job.deadline, "render", job.asset.uid))
             kind = header["type"]
             if kind == "error":
-                self._raise_reported(child, header)
-            elif kind == "scene" and job.scene is None and job.num_views == 0:
+                raise self._reported(child, header)
+            if kind == "scene" and job.scene is None and job.num_views == 0:
                 job.scene = header
             elif kind == "sides" and job.scene is not None and job.sides is None and job.num_views == 0:
                 job.sides = self._sides(payload)
@@ -264,68 +242,14 @@ class RenderWorker:
         while len(job.pending) > _MAX_IN_FLIGHT:
             job.encoded.append(job.pending.popleft().result())
 
-    def _receive(self, child: ChildProcess, deadline: float, what: str) -> tuple[dict[str, Any], bytearray]:
-        """Read one reply whole, watching the clock and the child's memory."""
-        try:
-            prefix = self._read_exactly(child, wire.PREFIX.size, deadline, what)
-            num_header, num_payload = wire.parse_prefix(bytes(prefix), self._max_payload_bytes)
-            header = wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what)))
-            return header, self._read_exactly(child, num_payload, deadline, what)
-        except wire.WireError as error:
-            self._fail(FailureKind.RENDER_CRASH, f"malformed reply: {error}")
-
-    def _read_exactly(self, child: ChildProcess, num_bytes: int, deadline: float, what: str) -> bytearray:
-        data, view, start = bytearray(num_bytes), None, 0
-        view = memoryview(data)
-        next_poll = 0.0
-        while start < num_bytes:
-            now = time.monotonic()
-            if now >= next_poll:
-                self._check_limits(child, now, deadline, what)
-                next_poll = now + _POLL_S
-            if not select.select([child.result_fd], [], [], min(_POLL_S, max(0.0, deadline - now)))[0]:
-                continue
-            num_read = os.readv(child.result_fd, [view[start:]])
-            if num_read == 0:
-                self._died(child)
-            start += num_read
-        return data
-
-    def _check_limits(self, child: ChildProcess, now: float, deadline: float, what: str) -> None:
-        limits = self._spec.limits
-        if now >= deadline:
-            self._fail(FailureKind.RENDER_TIMEOUT, f"Blender took longer than {what}")
-        resident = child.memory_bytes()
-        if resident > limits.memory_bytes:
-            found = f"Blender held {resident / 2**20:.0f} MiB"
-            allowed_mib = limits.memory_bytes / 2**20
-            self._fail(FailureKind.OUT_OF_MEMORY, f"{found}; {allowed_mib:.0f} MiB are allowed (limits.memory_bytes)")
-
-    def _died(self, child: ChildProcess) -> NoReturn:
-        reason = child.exit_reason()
-        text = child.log.text()
-        if _OUT_OF_MEMORY.search(text):
-            self._fail(FailureKind.OUT_OF_MEMORY, f"Blender could not get memory and ended with {reason}")
-        self._fail(FailureKind.RENDER_CRASH, f"Blender ended with {reason}")
-
-    def _raise_reported(self, child: ChildProcess, header: dict[str, Any]) -> NoReturn:
-        """Raise what the child reported; the kind must be one of ours."""
-        try:
-            kind = FailureKind(str(header.get("kind")))
-        except ValueError:
-            self._fail(FailureKind.RENDER_CRASH, f"the child reported an unknown kind {str(header.get('kind'))[:40]!r}")
-        text, message = child.log.text(), str(header.get("message", ""))[:500]
-        if kind is FailureKind.IMPORT_ERROR and _OPAQUE_IMPORT.search(message):
+    def _reported(self, child: ChildProcess, header: dict[str, Any]) -> AssetError:
+        error = super()._reported(child, header)
+        if error.kind is FailureKind.IMPORT_ERROR and _OPAQUE_IMPORT.search(error.message):
             # This importer says no more than "couldn't parse"; the exception stands in what it printed.
-            causes = _EXCEPTION_LINE.findall(text)
-            message = f"{message} {causes[-1][:200]}" if causes else message
-        raise AssetError(kind, message, text[-MAX_LOG_TAIL_CHARS:])
-
-    def _fail(self, kind: FailureKind, message: str) -> NoReturn:
-        """Kill the child, which can no longer be trusted to be between two assets, and raise."""
-        text = self._child.log.text() if self._child is not None else ""
-        self._stop_child()
-        raise AssetError(kind, message, text[-MAX_LOG_TAIL_CHARS:])
+            causes = _EXCEPTION_LINE.findall(child.log.text())
+            message = f"{error.message} {causes[-1][:200]}" if causes else error.message
+            return AssetError(error.kind, message, error.log_tail)
+        return error
 
     def _finish(self, job: _Job, seed: int, ready_s: float, total_s: float) -> Sample:
         job.encoded.extend(future.result() for future in job.pending)
@@ -371,18 +295,6 @@ class RenderWorker:
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             self._fail(FailureKind.RENDER_CRASH, f"the child's normalization is malformed: {error}")
-
-    def _recycle(self, child: ChildProcess) -> None:
-        """Stop a child that has done its share of assets, failed ones included, or holds much memory between two."""
-        limits = self._spec.limits
-        grown = child.memory_bytes() > _RECYCLE_MEMORY_SHARE * limits.memory_bytes
-        if child.num_objects >= limits.objects_per_child or grown:
-            self._stop_child()
-
-    def _stop_child(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -48,18 +48,20 @@ def write_report(reader: VersionReader, out_dir: Path, extra: Sequence[Section] 
     if len(reader):
         sections += [_objects(reader, out_dir), _cameras(reader, out_dir), _quality(reader, out_dir)]
     sections += [_failures(reader), *extra]
+    title = f"{reader.version.record['name']}, version {reader.number}"
+    return write_page(title, [s for s in sections if s is not None], out_dir / "report.html")
+
+
+def write_page(title: str, sections: Sequence[Section], path: Path) -> Path:
+    """Write one static page of sections; return its path. Pictures are named relative to it."""
     template = files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    title = f"{reader.version.record['name']}, version {reader.number}"
-    page = environment.from_string(template).render(title=title, sections=[s for s in sections if s is not None])
-    path = out_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(environment.from_string(template).render(title=title, sections=sections), encoding="utf-8")
     return path
 
 
 def _summary(reader: VersionReader) -> Section:
     counts, record = reader.version.counts, reader.version.record
-    spec = reader.version.spec.render
     table: list[tuple[str, Any]] = [
         ("objects planned", counts["planned"]),
         ("samples", counts["samples"]),
@@ -67,9 +69,10 @@ def _summary(reader: VersionReader) -> Section:
         ("failures", sum(counts["failures"].values())),
         ("held out", counts["heldout"]),
         ("shards", f"{counts['shards_committed']} of {counts['shards_planned']}"),
-        ("preset", f"{spec.preset}: {spec.num_views} views of {spec.resolution_px} px, {_field_of_view(reader)}"),
+        _pictures(reader),
         ("licence policy", record["license_policy"]),
         ("made by", ", ".join(record.get("producers", ()))),
+        ("may be redistributed", "no" if record.get("redistributable") is False else "as the licences allow"),
         ("fingerprints", ", ".join(text[:12] for text in record["fingerprints"])),
         ("digest", reader.digest[:12]),
         ("code", record["code_commit"]),
@@ -77,6 +80,19 @@ def _summary(reader: VersionReader) -> Section:
     table += [(f"licence {name}", count) for name, count in counts["licenses"].items()]
     table += [(f"source {name}", count) for name, count in counts["sources"].items()]
     return Section(title="Dataset", table=table)
+
+
+def _pictures(reader: VersionReader) -> tuple[str, str]:
+    """Tell how the spec's pictures are made: the recipe of renders, or what is kept of photographs."""
+    spec = reader.version.spec
+    if spec.is_captured:
+        views = "every good frame" if spec.capture.num_views is None else f"up to {spec.capture.num_views} views"
+        return (
+            "photographs",
+            f"{views} of {spec.capture.resolution_px} px, cropped to {spec.capture.padding:g} x the mask",
+        )
+    one = spec.render
+    return "preset", f"{one.preset}: {one.num_views} views of {one.resolution_px} px, {_field_of_view(reader)}"
 
 
 def _field_of_view(reader: VersionReader) -> str:
@@ -98,13 +114,20 @@ def _objects(reader: VersionReader, out_dir: Path) -> Section:
 
 
 def _cameras(reader: VersionReader, out_dir: Path) -> Section:
-    header = reader.read_views(0, [0]).header
-    write_cameras(header.cameras, out_dir / "cameras.png", f"{len(header.cameras)} cameras of {header.uid}")
+    """Draw the cameras of the first sample of each source: photographs stand elsewhere than a recipe's."""
+    first: dict[str, int] = {}
+    for row, source in enumerate(reader.rows["source"].to_pylist()):
+        first.setdefault(source, row)
+    images = []
+    for number, (source, row) in enumerate(sorted(first.items(), key=lambda item: item[1])):
+        header, name = reader.read_views(row, [0]).header, f"cameras{f'_{number}' if number else ''}.png"
+        write_cameras(header.cameras, out_dir / name, f"{len(header.cameras)} cameras of {header.uid}")
+        images.append((name, f"source {source}; frusta are numbered by view"))
     text = (
         "World axes are right-handed with z up; the box is [-1, 1]^3. Poses are world_from_camera with OpenCV axes: "
         "x right, y down, z forward."
     )
-    return Section(title="Cameras", text=text, images=[("cameras.png", "frusta are numbered by view")])
+    return Section(title="Cameras", text=text, images=images)
 
 
 def _quality(reader: VersionReader, out_dir: Path) -> Section | None:
@@ -155,6 +178,26 @@ def _figures(records: Sequence[Mapping[str, Any]], by_view: Sequence[Mapping[str
     cropped = [float(record["mean_cropped"]) for record in records if "mean_cropped" in record]
     if cropped:
         out.append(("share of an object outside its views: mean, most", f"{_mean(cropped):.1%}, {max(cropped):.1%}"))
+    return out + _capture_figures(records)
+
+
+_CAPTURE_FIGURES = (
+    ("registered_share", "share of a capture's frames with a pose"),
+    ("reprojection_px", "reprojection error of its model in pixels"),
+    ("sweep_deg", "widest angle between two of its views in degrees"),
+    ("mask_agreement", "overlap of its masks with the model's points"),
+    ("cut_off_share", "share of its views that the photo's frame cuts"),
+    ("distance", "distance of its cameras over the object's half size"),
+)
+
+
+def _capture_figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    out = []
+    for name, what in _CAPTURE_FIGURES:
+        found = [float(record[name]) for record in records if isinstance(record.get(name), int | float)]
+        if found:
+            text = f"{min(found):.3g}, {statistics.median(found):.3g}, {max(found):.3g}"
+            out.append((f"{what}: least, median, most", text))
     return out
 
 

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrm.cameras import camera_numbers, crop_intrinsics, normalize_cameras, pixel_rays, resize_intrinsics
+from lrm.cameras import (
+    camera_numbers,
+    crop_intrinsics,
+    input_distance,
+    normalize_cameras,
+    pixel_rays,
+    resize_intrinsics,
+)
 from lrm.data import cut_window
 from pipeline.types import Camera
 from tests.conftest import orbit_camera
@@ -54,6 +61,32 @@ def test_normalisation_puts_the_input_camera_on_minus_y_and_changes_no_picture(
 def test_a_camera_that_looks_at_the_origin_still_does_and_stands_upright() -> None:
     out = normalize_cameras(np.stack([camera.world_from_camera for camera in orbit()]), 3)[3]
     np.testing.assert_allclose(out[:3, :3], [[1, 0, 0], [0, 0, 1], [0, -1, 0]], atol=1e-12)
+
+
+@given(st.integers(0, 4), st.floats(-0.12, 0.12), st.floats(-0.12, 0.12), st.floats(1.2, 2.5))
+def test_a_captured_camera_keeps_its_distance_its_tilt_and_its_object(
+    chosen: int, nod_rad: float, pan_rad: float, farther: float
+) -> None:
+    """Real cameras miss the object's centre by up to 7 degrees; it must stay at the origin all the same."""
+    poses = np.stack([camera.world_from_camera for camera in orbit()])
+    poses[:, :3, 3] *= farther
+    nod, pan = np.eye(4), np.eye(4)
+    nod[1:3, 1:3] = [[math.cos(nod_rad), -math.sin(nod_rad)], [math.sin(nod_rad), math.cos(nod_rad)]]
+    pan[::2, ::2][:2, :2] = [[math.cos(pan_rad), math.sin(pan_rad)], [-math.sin(pan_rad), math.cos(pan_rad)]]
+    poses = poses @ nod @ pan
+    out = normalize_cameras(poses, chosen, input_distance("mvimgnet", 2.0))
+    np.testing.assert_allclose(np.linalg.norm(out[:, :3, 3], axis=1), np.linalg.norm(poses[:, :3, 3], axis=1))
+    np.testing.assert_allclose(out[chosen, :3, 3], [0, -np.linalg.norm(poses[chosen, :3, 3]), 0], atol=1e-9)
+    origin = np.zeros((1, 3))
+    for camera, old, new in zip(orbit(), poses, out):
+        np.testing.assert_allclose(moved(camera, new).project(origin), moved(camera, old).project(origin), atol=1e-8)
+
+
+def test_only_renders_are_brought_to_a_distance() -> None:
+    assert input_distance("objaverse", 2.0) == 2.0
+    assert input_distance("procedural", None) is None
+    assert input_distance("mvimgnet", 2.0) is None
+    assert input_distance("colmap", 2.0) is None
 
 
 def test_a_camera_without_a_direction_is_refused() -> None:

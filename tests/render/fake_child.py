@@ -16,7 +16,7 @@ import numpy as np
 
 from render import wire
 from render.cameras import CANONICAL_PX, NUM_SIDES
-from render.child import _die_with
+from render.confine import die_with
 from render.views import pack_view
 
 parser = argparse.ArgumentParser()
@@ -24,7 +24,7 @@ for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--device")
 args = parser.parse_args()
-_die_with(args.parent_pid)
+die_with(args.parent_pid)
 
 SCENE: dict[str, Any] = {
     "type": "scene",

@@ -1,0 +1,109 @@
+"""Frames and masks from bytes: sizes judged before a decoder allocates, EXIF turns left alone, cut files refused.
+
+COLMAP looks at pixels as they are stored, so an EXIF orientation must not be applied: the poses would belong to another
+picture. Decoders promise a size and fill it with grey where a file ends early; so the header's size is held against a
+limit first, and a JPEG must have its end.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline import sniff
+from pipeline.types import AssetError, FailureKind
+
+UInt8 = NDArray[np.uint8]
+
+MAX_PIXELS = 2**27
+"""Largest frame, 134 megapixels: 0.4 GB decoded."""
+MAX_FRAME_BYTES = 2**27
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_REDUCED = {
+    1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8
+}  # fmt: skip
+
+
+def image_size(data: bytes, name: str) -> tuple[str, int, int]:
+    """Return (format, width, height) of an image from its header, without decoding it.
+
+    Raises:
+        AssetError: CORRUPT_FILE where it is no image that we read, TOO_LARGE where it promises too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                kind, (width, height) = str(image.format), image.size
+    except Image.DecompressionBombError as error:
+        raise AssetError(FailureKind.TOO_LARGE, f"{name!a}: {error}") from None
+    except (OSError, ValueError, SyntaxError, OverflowError, MemoryError):
+        what = sniff.error_page(data[: sniff.HEAD_BYTES], len(data)) or sniff.describe(data[:64])
+        raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a} is no image: {len(data)} bytes, {what}") from None
+    if width * height > MAX_PIXELS or min(width, height) < 1:
+        message = f"{name!a} has {width} x {height} px; at most {MAX_PIXELS} pixels are allowed"
+        raise AssetError(FailureKind.TOO_LARGE, message)
+    return kind, width, height
+
+
+def decode_photo(data: bytes, name: str, shrink: int = 1) -> tuple[UInt8, int, int]:
+    """Decode a frame to BGR [H / shrink, W / shrink, 3] as it is stored; return it with its own width and height.
+
+    Raises:
+        AssetError: CORRUPT_FILE or TOO_LARGE.
+    """
+    kind, width, height = image_size(data, name)
+    if kind == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a}: a JPEG of {len(data)} bytes without its end")
+    flags = (_REDUCED[shrink] if kind == "JPEG" else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    image = _imdecode(data, flags, name)
+    if kind != "JPEG" and shrink > 1:
+        image = shrunk(image, shrink)
+    return image, width, height
+
+
+def shrunk(image: UInt8, factor: int) -> UInt8:
+    """Average factor x factor pixels of an image; what is left at the right and bottom is filled by repetition."""
+    rows, columns = (-size % factor for size in image.shape[:2])
+    if rows or columns:
+        image = np.asarray(cv2.copyMakeBorder(image, 0, rows, 0, columns, cv2.BORDER_REPLICATE), np.uint8)
+    size = (image.shape[1] // factor, image.shape[0] // factor)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def decode_mask(data: bytes, name: str) -> UInt8:
+    """Decode a mask to [H, W] uint8: its alpha where it has one that says something, else its brightest channel.
+
+    Masks of 0 and 1, and those of 16 bits, are brought to 0 to 255.
+
+    Raises:
+        AssetError: CORRUPT_FILE or TOO_LARGE.
+    """
+    image_size(data, name)
+    image = _imdecode(data, cv2.IMREAD_UNCHANGED, name)
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a}: a mask of {image.dtype}; 8 or 16 bits are read")
+    if image.ndim == 3:
+        alpha = image[..., 3] if image.shape[2] == 4 else None
+        image = alpha if alpha is not None and alpha.min() < 255 else image[..., :3].max(axis=2)
+    if 0 < int(image.max()) <= 1:
+        image = image * np.uint8(255)
+    return np.ascontiguousarray(image, np.uint8)
+
+
+def _imdecode(data: bytes, flags: int, name: str) -> UInt8:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a}: an image of {len(data)} bytes that cannot be decoded")
+    return np.asarray(image)

@@ -1,0 +1,159 @@
+"""What every supervisor of a child does: hear it out within its limits, and end it when it breaks them.
+
+Replies are read as hostile (`render.wire`), the clock and the child's memory are watched while waiting, and a child
+that can no longer be trusted to be between two assets is killed. What is asked and answered is the subclass's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, NoReturn, Self
+
+from pipeline.spec import LimitSpec
+from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind
+from render import wire
+from render.process import ChildProcess, ScratchFolder
+
+POLL_S = 0.2
+_RECYCLE_MEMORY_SHARE = 0.5
+_OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
+
+
+class Supervisor:
+    """The life of one child at a time; a context manager, for one thread at a time.
+
+    Attributes:
+        who: how messages call the child.
+        timeout_kind, crash_kind: what its silence and its death are.
+    """
+
+    who: ClassVar[str]
+    timeout_kind: ClassVar[FailureKind]
+    crash_kind: ClassVar[FailureKind]
+
+    def __init__(self, limits: LimitSpec, *, max_payload_bytes: int, scratch_dir: Path | None) -> None:
+        """Prepare; no child is started yet.
+
+        Args:
+            limits: of the child.
+            max_payload_bytes: of one reply.
+            scratch_dir: where the child's temporary folder is made; default the system's.
+        """
+        self._limits = limits
+        self._max_payload_bytes = max_payload_bytes
+        self._scratch = ScratchFolder(scratch_dir)
+        self._child: ChildProcess | None = None
+        self._starter = ThreadPoolExecutor(1, "child-start")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the child and all that it started, and remove its temporary folder. Safe to call twice."""
+        self._stop_child()
+        self._starter.shutdown()
+        self._scratch.close()
+
+    def _next_word(self, deadline: float, verb: str, uid: str) -> tuple[float, str]:
+        """Return until when the next reply may take, and what took longer if it does, for `_receive`."""
+        limits, until = self._limits, time.monotonic() + self._limits.silence_s
+        if deadline <= until:
+            return deadline, f"{limits.deadline_s:g} s (limits.deadline_s) to {verb} {uid}"
+        return until, f"{limits.silence_s:g} s (limits.silence_s) without a word of {uid}"
+
+    def _receive(self, child: ChildProcess, deadline: float, what: str) -> tuple[dict[str, Any], bytearray]:
+        """Read one reply whole, watching the clock and the child's memory."""
+        try:
+            prefix = self._read_exactly(child, wire.PREFIX.size, deadline, what)
+            num_header, num_payload = wire.parse_prefix(bytes(prefix), self._max_payload_bytes)
+            header = wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what)))
+            return header, self._read_exactly(child, num_payload, deadline, what)
+        except wire.WireError as error:
+            self._fail(self.crash_kind, f"malformed reply: {error}")
+
+    def _read_exactly(self, child: ChildProcess, num_bytes: int, deadline: float, what: str) -> bytearray:
+        data, view, start = bytearray(num_bytes), None, 0
+        view = memoryview(data)
+        next_poll = 0.0
+        while start < num_bytes:
+            now = time.monotonic()
+            if now >= next_poll:
+                self._check_limits(child, now, deadline, what)
+                next_poll = now + POLL_S
+            if not select.select([child.result_fd], [], [], min(POLL_S, max(0.0, deadline - now)))[0]:
+                continue
+            num_read = os.readv(child.result_fd, [view[start:]])
+            if num_read == 0:
+                self._died(child)
+            start += num_read
+        return data
+
+    def _send(self, child: ChildProcess, data: bytes | memoryview, deadline: float, what: str) -> None:
+        """Write to the child's stdin, watching the same limits: a child that does not read would block us for ever."""
+        left, next_poll = memoryview(data), 0.0
+        os.set_blocking(child.stdin_fd, False)
+        while left:
+            now = time.monotonic()
+            if now >= next_poll:
+                self._check_limits(child, now, deadline, what)
+                next_poll = now + POLL_S
+            if not select.select([], [child.stdin_fd], [], min(POLL_S, max(0.0, deadline - now)))[1]:
+                continue
+            try:
+                left = left[os.write(child.stdin_fd, left) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                self._died(child)
+
+    def _check_limits(self, child: ChildProcess, now: float, deadline: float, what: str) -> None:
+        if now >= deadline:
+            self._fail(self.timeout_kind, f"{self.who} took longer than {what}")
+        resident, allowed = child.memory_bytes(), self._limits.memory_bytes
+        if resident > allowed:
+            found = f"{self.who} held {resident / 2**20:.0f} MiB"
+            self._fail(
+                FailureKind.OUT_OF_MEMORY, f"{found}; {allowed / 2**20:.0f} MiB are allowed (limits.memory_bytes)"
+            )
+
+    def _died(self, child: ChildProcess) -> NoReturn:
+        reason = child.exit_reason()
+        if _OUT_OF_MEMORY.search(child.log.text()):
+            self._fail(FailureKind.OUT_OF_MEMORY, f"{self.who} could not get memory and ended with {reason}")
+        self._fail(self.crash_kind, f"{self.who} ended with {reason}")
+
+    def _reported(self, child: ChildProcess, header: dict[str, Any]) -> AssetError:
+        """Return what the child reported as an error of ours; the kind must be one of ours."""
+        try:
+            kind = FailureKind(str(header.get("kind")))
+        except ValueError:
+            self._fail(self.crash_kind, f"the child reported an unknown kind {str(header.get('kind'))[:40]!r}")
+        return AssetError(kind, str(header.get("message", ""))[:500], child.log.text()[-MAX_LOG_TAIL_CHARS:])
+
+    def _fail(self, kind: FailureKind, message: str) -> NoReturn:
+        """Kill the child, which can no longer be trusted to be between two assets, and raise."""
+        text = self._child.log.text() if self._child is not None else ""
+        self._stop_child()
+        raise AssetError(kind, message, text[-MAX_LOG_TAIL_CHARS:])
+
+    def _recycle(self, child: ChildProcess) -> None:
+        """Stop a child that has done its share of assets, failed ones included, or holds much memory between two."""
+        grown = child.memory_bytes() > _RECYCLE_MEMORY_SHARE * self._limits.memory_bytes
+        if child.num_objects >= self._limits.objects_per_child or grown:
+            self._stop_child()
+
+    def _stop_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
