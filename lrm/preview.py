@@ -71,8 +71,8 @@ def predict_views(
         the input [image_px, image_px, 3], the true novel views, and the predicted ones.
     """
     read = reader.read_views(row, views)
-    cameras = [read.header.cameras[view] for view in views]
-    images = [decode_view(planes["rgba"], camera, read.header.key) for planes, camera in zip(read.planes, cameras)]
+    cameras = read.cameras
+    images = [decode_view(planes["rgba"], camera, read.key) for planes, camera in zip(read.planes, cameras)]
     poses = normalized_poses(cameras, config.data)
     fields = input_fields(images[0], cameras[0], poses[0], config.model.encoder.image_px)
     novel = zip(images[1:], cameras[1:])
@@ -94,8 +94,8 @@ def _mean_view(reader: VersionReader, rows: list[int], image_px: int) -> Float32
     for row in rows:
         views = range(min(each, reader.rows["num_views"][row].as_py()))
         read = reader.read_views(row, views)
-        for view, planes in zip(views, read.planes):
-            image = decode_view(planes["rgba"], read.header.cameras[view], read.header.key)
+        for camera, planes in zip(read.cameras, read.planes):
+            image = decode_view(planes["rgba"], camera, read.key)
             total += resize_image(image, image_px, image_px)
             count += 1
     return (total / count).astype(np.float32)

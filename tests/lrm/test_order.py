@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,12 +14,13 @@ from lrm.order import KeyedDraws, SampleOrder, permute
 from pipeline.types import UserError
 
 
-def order_of(num_rows: int, seed: int = 0, **changes: object) -> SampleOrder:
-    values: dict[str, object] = {
-        "sources": ["a"] * num_rows, "heldout": [False] * num_rows, "num_views": [32] * num_rows,
-        "source_copies": {}, "views_per_sample": 4, "seed": seed,
-    }  # fmt: skip
-    return SampleOrder.build(**(values | changes))  # type: ignore[arg-type]
+def order_of(num_rows: int, seed: int = 0, **changes: Any) -> SampleOrder:
+    values: dict[str, Any] = {
+        "sources": ["a"], "source": [0] * num_rows, "heldout": [False] * num_rows, "num_views": [32] * num_rows,
+        "shard": [i // 5 for i in range(num_rows)], "views_per_sample": 4, "seed": seed,
+    } | changes  # fmt: skip
+    kinds = {"source": np.int16, "shard": np.int32, "heldout": bool, "num_views": np.int16}
+    return SampleOrder.build(**(values | {name: np.array(values[name], kind) for name, kind in kinds.items()}))
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63 - 1))
@@ -40,7 +43,7 @@ def test_an_epoch_holds_every_training_row_once(num_rows: int, seed: int, epoch:
 
 def test_held_out_rows_never_come_and_sources_come_as_often_as_copied() -> None:
     order = order_of(
-        4, sources=["a", "video", "a", "video"], heldout=[False, False, True, False], source_copies={"video": 3}
+        4, sources=["a", "video"], source=[0, 1, 0, 1], heldout=[False, False, True, False], mix={"video": 3}
     )
     assert Counter(order.draw(i).row for i in range(len(order))) == {0: 1, 1: 3, 3: 3}
 
