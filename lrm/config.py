@@ -106,7 +106,8 @@ class DataConfig(BaseModel):
         "white", description="behind the target views: white, or a grey drawn by sample; paper white"
     )
     source_copies: dict[str, float] = Field(
-        {}, description="times each source enters an epoch, default 1; 0.5 is another half each epoch; paper 3 for video"
+        {},
+        description="times each source enters an epoch, default 1; 0.5 is another half each epoch; paper 3 for video",
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of order, views and crops; 0 is a seed like any other")
     num_threads: int = Field(ge=1, description="threads that read and decode")
@@ -116,7 +117,9 @@ class DataConfig(BaseModel):
         "", description="node-local folder for whole shards, shared by all processes; empty reads only the needed views"
     )
     cache_bytes: int = Field(200 * 10**9, ge=1, description="limit of that folder; what is in use is never evicted")
-    block_shards: int = Field(8, ge=1, description="shards whose samples are mixed with each other, where cache_dir is set")
+    block_shards: int = Field(
+        8, ge=1, description="shards whose samples are mixed with each other, where cache_dir is set"
+    )
     max_damaged_samples: int = Field(ge=0, description="damaged samples replaced and counted before the run stops")
 
     @model_validator(mode="after")

@@ -25,10 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lrm.cameras import camera_numbers, normalize_cameras, resize_intrinsics
 from lrm.config import DataConfig
@@ -63,7 +64,7 @@ def normalized_poses(cameras: Sequence[Camera], config: DataConfig) -> Float64:
     return normalize_cameras(np.stack([camera.world_from_camera for camera in cameras]), 0, distance)
 
 
-def input_fields(image: Float32, camera: Camera, pose: Float64, image_px: int) -> dict[str, np.ndarray]:
+def input_fields(image: Float32, camera: Camera, pose: Float64, image_px: int) -> dict[str, NDArray[Any]]:
     """Return input_image [3, S, S] and input_camera [20] of a view over white [H, W, 3] and its pose [4, 4]."""
     return {
         "input_image": resize_image(image, image_px, image_px).transpose(2, 0, 1),

@@ -8,9 +8,9 @@ for. Samples are decoded as they arrive, in any order; batches leave in order.
 
 Threads, not processes. Decoding releases the GIL and what remains in Python is 0.3 ms an object, so two threads keep
 two cores decoding. Worker processes were measured beside them (`make bench-loader`, part `threads_or_processes`): they
-pay for pickling and for copying each decoded batch into shared memory and out of it, 4 MB an object of four 512^2 views,
-where threads write pixels once. Past about eight cores a rank the GIL would bind; there `lrm.dataset` runs this loader
-in the workers of a DataLoader, each its share of the batches.
+pay for pickling and for copying each decoded batch into shared memory and out of it, 4 MB an object of four 512^2
+views, where threads write pixels once. Past about eight cores a rank the GIL would bind; there `lrm.dataset` runs this
+loader in the workers of a DataLoader, each its share of the batches.
 
 **Place.** Batch k of a run is `batch_size` consecutive positions of the global order over all ranks; a rank decodes its
 slice of them. State is where the next batch begins, whatever was prefetched, and knows no ranks, workers or batch size.
@@ -19,8 +19,9 @@ By default batches run on across the end of an epoch, so all ranks always have t
 again on all ranks alike, so no rank waits for another at the end.
 
 **Damage.** A damaged sample (wrong length, checksum, or not an image) is replaced by a substitute that is a function of
-its position, so that ranks keep equal batches and a resumed run sees the same; it is counted, named in the log, and past
-`max_damaged_samples` different ones the run stops. A missing shard or a store that cannot be read stops it at once.
+its position, so that ranks keep equal batches and a resumed run sees the same; it is counted, named in the log, and
+past `max_damaged_samples` different ones the run stops. A missing shard or a store that cannot be read stops it at
+once.
 """
 
 from __future__ import annotations
@@ -227,9 +228,13 @@ class BatchLoader:
     # ---- place
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch begins: JSON values only, the same on every rank."""
+        """Return where the next batch begins: JSON values only, the same on every rank.
+
+        The state of one of several workers also names the worker: it is where *its* next batch begins.
+        """
         epoch, position = divmod(self._consumed, len(self.order))
-        return self._identity() | {"epoch": epoch, "position": position}
+        own = {"worker": self._worker, "workers": self._workers} if self._workers > 1 else {}
+        return self._identity() | {"epoch": epoch, "position": position} | own
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -242,10 +247,10 @@ class BatchLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place.
+        """Go to a saved place: of a run, or of this worker.
 
         Raises:
-            UserError: if the state belongs to another version, seed, mix of sources or kind of order.
+            UserError: if the state belongs to another version, seed, mix of sources, kind of order, or worker.
         """
         for name, own in self._identity().items():
             if state.get(name) != own:
@@ -254,16 +259,17 @@ class BatchLoader:
                     "resume on the version and data settings it was saved with, or start in a new folder"
                 )
         consumed = int(state["epoch"]) * len(self.order) + int(state["position"])
-        self.seek(consumed)
-
-    def seek(self, consumed: int, *, own: bool = False) -> None:
-        """Go to a place of the global order.
-
-        Args:
-            consumed: samples before it, over all epochs and ranks.
-            own: whether this worker's next batch begins there, rather than the first of the workers'.
-        """
-        self._go_to(consumed, 0 if own else self._worker)
+        if "worker" not in state:
+            self._go_to(consumed, self._worker)
+        elif (state["worker"], state["workers"]) == (self._worker, self._workers):
+            # Where iteration stops with the epoch, an epoch's first batch is worker 0's.
+            begins_epoch = self._options.whole_epochs and state["position"] == 0
+            self._go_to(consumed, self._worker if begins_epoch else 0)
+        else:
+            raise UserError(
+                f"loader state is of worker {state['worker']} of {state['workers']}, this is worker {self._worker} of "
+                f"{self._workers}; with another number of workers take up lrm.dataset.place_of(state)"
+            )
 
     def _go_to(self, consumed: int, skip: int) -> None:
         with self._lock:

@@ -11,7 +11,8 @@ and MVImgNet three times), inside one permutation, so that sources are mixed at 
   works on one block of shards at a time, whatever the number of ranks, and never needs a shard twice an epoch unless
   its source is copied. Samples that share a shard stay within a block of each other; that is what it costs.
 
-A mix of 0.25 takes another quarter of a source's rows in each epoch, all of them in four. Blocks take whole numbers only.
+A mix of 0.25 takes another quarter of a source's rows in each epoch, all of them in four. Blocks take whole numbers
+only.
 
 Views, crops and backgrounds are drawn from the same key, so a run is repeatable pixel by pixel, and any rank, worker or
 thread can compute any position on its own. Beside one int32 a training row and a few numbers a shard there is no
@@ -25,6 +26,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,8 +149,8 @@ class SampleOrder:
         cls,
         *,
         sources: Sequence[str],
-        source: NDArray[np.integer],
-        shard: NDArray[np.integer],
+        source: NDArray[np.integer[Any]],
+        shard: NDArray[np.integer[Any]],
         heldout: NDArray[np.bool_],
         num_views: NDArray[np.int16],
         views_per_sample: int,
@@ -224,10 +226,10 @@ class SampleOrder:
 
     def _permuted(self, epoch: int, position: int) -> int:
         slot = permute(position, len(self), derive_seed("order", self.seed, epoch))
-        for number, count in enumerate(self.slots):  # few sources
-            if slot < count:
-                break
-            slot -= count
+        number = 0
+        while slot >= self.slots[number]:  # few sources
+            slot -= self.slots[number]
+            number += 1
         start, end = self.source_starts[number : number + 2]
         place = (epoch * self.slots[number] + slot) % (end - start)
         if self.slots[number] % (end - start):

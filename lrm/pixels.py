@@ -1,7 +1,7 @@
 """From encoded views to pixels: composited on a background, resized and cut, with the intrinsics that belong to them.
 
-Blending is done on sRGB values, as the paper's targets are. It is affine in the premultiplied colour, so doing it before
-a linear resize equals resizing premultiplied colour and alpha and blending after.
+Blending is done on sRGB values, as the paper's targets are. It is affine in the premultiplied colour, so doing it
+before a linear resize equals resizing premultiplied colour and alpha and blending after.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def decode_view_into(data: bytes | memoryview, camera: Camera, name: str, out: N
         raise DamagedDataError(f"sample {name}: {error}") from None
 
 
-def decode_view(
-    data: bytes | memoryview, camera: Camera, name: str, background: Sequence[float] = WHITE
-) -> Float32:
+def decode_view(data: bytes | memoryview, camera: Camera, name: str, background: Sequence[float] = WHITE) -> Float32:
     """Decode an rgba plane to [H, W, 3] over a background.
 
     Raises:

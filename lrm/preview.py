@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lrm.checkpoint import load_model
 from lrm.config import RunConfig
-from lrm.data import Float32, cut_window, decode_view, input_fields, normalized_poses, resize_image
+from lrm.data import input_fields, normalized_poses
 from lrm.losses import psnr_db
 from lrm.metrics import read_metrics
 from lrm.model import LRM
+from lrm.pixels import Float32, cut_window, decode_view, resize_image
 from pipeline.reader import VersionReader
 from pipeline.types import Float64, UserError
 

@@ -318,7 +318,9 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     reader = open_reader(corpus, version, config.data)
     with stop_signals() as stop, joined_ranks(config.train.device) as ranks:
         if config.train.batch_size % ranks.size:  # gradients are averaged over ranks as equals
-            raise UserError(f"train.batch_size {config.train.batch_size} must divide by the {ranks.size} ranks of this run")
+            raise UserError(
+                f"train.batch_size {config.train.batch_size} must divide by the {ranks.size} ranks of this run"
+            )
         saved = _newest_state(out, ranks)
         loader = Loader(
             reader,

@@ -153,17 +153,14 @@ class SampleIndex:
             places = [0, *(entry.position(view, plane) for view in views for plane in planes)]
         except (IndexError, ValueError):
             raise UserError(
-                f"sample {self.key(row)}: views {list(views)} with planes {list(planes)} are asked for; it has views 0 to "
-                f"{entry.num_views - 1} with planes {list(entry.planes)}"
+                f"sample {self.key(row)}: views {list(views)} with planes {list(planes)} are asked for; it has views "
+                f"0 to {entry.num_views - 1} with planes {list(entry.planes)}"
             ) from None
         starts = entry.offsets
-        return [
-            Part(position=p, start=starts[p], length=entry.lengths[p], crc32=entry.crc32s[p])
-            for p in places
-        ]
+        return [Part(position=p, start=starts[p], length=entry.lengths[p], crc32=entry.crc32s[p]) for p in places]
 
     def part_name(self, row: int, part: Part) -> str:
-        """Return the name of a member in its shard. Keys are looked at only to name damage: their pages stay untouched."""
+        """Return the name of a member in its shard. Keys serve to name damage alone: their pages stay untouched."""
         return member_name(self.key(row), part.position, self.member_index(row))
 
     def num_bytes(self, row: int, views: Sequence[int], planes: Sequence[str] = ("rgba",)) -> int:

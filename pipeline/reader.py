@@ -1,8 +1,8 @@
 """The reading side: a version's rows, and ranged, checked reads of single views. No torch, no listing.
 
 One sample of 32 views at 512^2 is 1 to 5 MB; a training step needs 4 views and the cameras. `read_views` asks for the
-JSON and just these planes, joins near ranges, and checks every length and crc32. `request`, `fetch` and `unpack` are its
-parts, for callers that read ahead: bytes arrive by themselves, and are checked and parsed where they are used.
+JSON and just these planes, joins near ranges, and checks every length and crc32. `request`, `fetch` and `unpack` are
+its parts, for callers that read ahead: bytes arrive by themselves, and are checked and parsed where they are used.
 
 Two views of the rows: `index` (`pipeline.index`) is what reading needs, mapped and shared; `rows` is the whole table,
 loaded when it is first asked for, for reports and tools.

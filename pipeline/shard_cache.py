@@ -1,9 +1,9 @@
 """A node's cache of whole shards: one folder that any number of processes share, with a limit in bytes.
 
-    <cache_dir>/<sha256>.tar                     a whole shard, checked against its digest
-    <cache_dir>/.<sha256>.<bytes>.<random>.tmp   one on its way; its name reserves its bytes, its writer holds a lock on it
-    <cache_dir>/.lock                            held while room is made and while a name is decided on, never while bytes flow
-    <cache_dir>/.lock-<2 hex digits>             held by the one process that brings a shard whose digest begins so
+    <sha256>.tar                     a whole shard, checked against its digest
+    .<sha256>.<bytes>.<random>.tmp   one on its way; its name reserves its bytes, its writer holds a lock on it
+    .lock                            held while room is made and reserved, never while bytes flow
+    .lock-<2 hex digits>             held by the one process that brings a shard whose digest begins so
 
 Three promises, each by a lock of the kernel (flock), which ends with its process however that ends:
 
@@ -35,7 +35,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 
 from pipeline.shard import DamagedDataError
-from pipeline.shard_reads import Buffer, ReadStats, ShardReads, ShardRef, read_file_ranges
+from pipeline.shard_reads import Buffer, ShardReads, ShardRef, read_file_ranges
 from pipeline.store import MissingObjectError, Store, StoreError
 from pipeline.types import UserError
 
@@ -189,7 +189,9 @@ class CachedReads:
     Holds the `max_open` shards that were used last, so that the window of shards a loader works on stays.
     """
 
-    def __init__(self, store: Store, cache: ShardCache, beyond: ShardReads, max_open: int, num_threads: int = 4) -> None:
+    def __init__(
+        self, store: Store, cache: ShardCache, beyond: ShardReads, max_open: int, num_threads: int = 4
+    ) -> None:
         self._store, self._cache, self._beyond, self._max_open = store, cache, beyond, max_open
         self.stats = beyond.stats
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-cache")

@@ -101,9 +101,7 @@ def join_spans(starts: Sequence[int], lengths: Sequence[int], max_gap_bytes: int
     return spans
 
 
-def read_file_ranges(
-    descriptor: int, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]
-) -> list[Buffer]:
+def read_file_ranges(descriptor: int, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
     """Read ranges of an open shard file.
 
     Raises:
