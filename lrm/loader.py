@@ -53,6 +53,7 @@ Batch = dict[str, Tensor]
 Fields = Mapping[str, NDArray[Any]]
 STATE_SCHEMA = 2
 MAX_ATTEMPTS = 1000
+MAX_SAMPLES_AHEAD = 512  # small views: what is asked for costs memory and time of its own
 
 
 class Preparer(Protocol):
@@ -233,7 +234,11 @@ class BatchLoader:
         The state of one of several workers also names the worker: it is where *its* next batch begins.
         """
         epoch, position = divmod(self._consumed, len(self.order))
-        own = {"worker": self._worker, "workers": self._workers} if self._workers > 1 else {}
+        own: dict[str, int] = {}
+        if self._workers > 1:
+            # A worker may have no batch left in an epoch that goes on in others.
+            in_epoch = self._epoch + self._ended if self._options.whole_epochs else epoch
+            own = {"worker": self._worker, "workers": self._workers, "in_epoch": in_epoch}
         return self._identity() | {"epoch": epoch, "position": position} | own
 
     def _identity(self) -> dict[str, Any]:
@@ -262,9 +267,11 @@ class BatchLoader:
         if "worker" not in state:
             self._go_to(consumed, self._worker)
         elif (state["worker"], state["workers"]) == (self._worker, self._workers):
+            waits = state["in_epoch"] < state["epoch"]
             # Where iteration stops with the epoch, an epoch's first batch is worker 0's.
-            begins_epoch = self._options.whole_epochs and state["position"] == 0
-            self._go_to(consumed, self._worker if begins_epoch else 0)
+            begins = self._options.whole_epochs and state["position"] == 0 and not waits
+            self._go_to(consumed, self._worker if begins else 0)
+            self._epoch = int(state["in_epoch"])
         else:
             raise UserError(
                 f"loader state is of worker {state['worker']} of {state['workers']}, this is worker {self._worker} of "
@@ -279,9 +286,10 @@ class BatchLoader:
                 consumed = self._beyond(consumed)
             self._consumed = self._planned = consumed  # what the next batch begins with; what is planned next
             self._error: BaseException | None = None
+            self._ended = False  # whether the consumer has met the end of the epoch
             self._number = 0  # number of the next batch to leave, counted from here
             self._opened = 0
-            self._bytes_ahead = 0
+            self._bytes_ahead = self._num_ahead = 0
             self._block = -1
             self._batches: deque[_Open] = deque()
             self._waiting: deque[_Slot] = deque()  # slots of batches that are not open for decoding yet
@@ -319,7 +327,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with self._lock:
-            if self._options.whole_epochs and self._consumed // len(self.order) != self._epoch:  # the next epoch
+            if self._ended:  # the next epoch
                 self._go_to(self._consumed, self._worker)
         return self
 
@@ -328,6 +336,7 @@ class BatchLoader:
         with self._ready:
             self._top_up()
             if not self._batches:
+                self._ended = True
                 raise StopIteration
             batch = self._batches[0]
             while batch.left and self._error is None:
@@ -348,7 +357,7 @@ class BatchLoader:
         """Ask for samples up to the window of bytes, and open batches for decoding up to theirs; lock held."""
         if self._closed or self._error is not None:
             return
-        while self._bytes_ahead < self._options.prefetch_bytes or self._window_is_short():
+        while self._has_room() or self._window_is_short():
             if not self._rest:
                 batch = self._plan()
                 if batch is None:
@@ -362,6 +371,9 @@ class BatchLoader:
                 slot.batch.arrays, slot.batch.tensors = self._arrays.take()
             if slot.arrived:
                 self._pool.submit(self._decode, slot, self._generation)
+
+    def _has_room(self) -> bool:
+        return self._bytes_ahead < self._options.prefetch_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
 
     def _window_is_short(self) -> bool:
         """Whether the batch being waited for is not wholly asked for, however small the window of bytes is."""
@@ -379,6 +391,7 @@ class BatchLoader:
         slot = _Slot(batch, place, consumed, draw, request)
         self._bring_ahead(consumed)
         self._bytes_ahead += request.num_bytes
+        self._num_ahead += 1
         self._waiting.append(slot)
         generation = self._generation
         slot.future = self._reader.fetch(request)
@@ -418,6 +431,7 @@ class BatchLoader:
                 return
             slot.future = None
             self._bytes_ahead -= slot.request.num_bytes
+            self._num_ahead -= 1
             batch.num_bytes += num_bytes
             batch.left -= 1
             self._error = self._error or error
@@ -435,7 +449,7 @@ class BatchLoader:
         for attempt in range(1, MAX_ATTEMPTS):
             if draw.row not in self.stats.damaged:
                 try:
-                    read = self._reader.unpack(request, future.result())
+                    read = self._reader.collect(request, future)
                     self._preparer.fill(read, draw, out)
                     return draw, read.num_bytes
                 except DamagedDataError as error:

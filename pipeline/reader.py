@@ -1,7 +1,7 @@
 """The reading side: a version's rows, and ranged, checked reads of single views. No torch, no listing.
 
 One sample of 32 views at 512^2 is 1 to 5 MB; a training step needs 4 views and the cameras. `read_views` asks for the
-JSON and just these planes, joins near ranges, and checks every length and crc32. `request`, `fetch` and `unpack` are
+JSON and just these planes, joins near ranges, and checks every length and crc32. `request`, `fetch` and `collect` are
 its parts, for callers that read ahead: bytes arrive by themselves, and are checked and parsed where they are used.
 
 Two views of the rows: `index` (`pipeline.index`) is what reading needs, mapped and shared; `rows` is the whole table,
@@ -187,11 +187,24 @@ class VersionReader:
         return Request(row=row, views=tuple(views), planes=tuple(planes), parts=tuple(parts))
 
     def fetch(self, request: Request) -> Future[list[Buffer]]:
-        """Begin to read; `unpack` checks what comes."""
+        """Begin to read; `collect` checks what comes."""
         shard = self.shard(int(self.index.shard[request.row]))
         return self.reads.submit(shard, [p.start for p in request.parts], [p.length for p in request.parts])
 
-    def unpack(self, request: Request, data: Sequence[Buffer]) -> ViewsRead:
+    def collect(self, request: Request, future: Future[list[Buffer]]) -> ViewsRead:
+        """Wait for what `fetch` brings, check and parse it.
+
+        Raises:
+            DamagedDataError: if it is not what was written, naming shard and sample.
+            StoreError, FileNotFoundError: if it cannot be read at all.
+        """
+        try:
+            data = future.result()
+        except DamagedDataError as error:
+            raise DamagedDataError(f"sample {self.index.key(request.row)}: {error}") from None
+        return self._unpack(request, data)
+
+    def _unpack(self, request: Request, data: Sequence[Buffer]) -> ViewsRead:
         """Check and parse what `fetch` brought.
 
         Raises:
@@ -228,7 +241,7 @@ class VersionReader:
             StoreError, FileNotFoundError: if it cannot be read at all.
         """
         request = self.request(row, views, planes)
-        return self.unpack(request, self.fetch(request).result())
+        return self.collect(request, self.fetch(request))
 
     def close(self) -> None:
         """End the threads that read and let go of cached shards; the next read begins them anew."""

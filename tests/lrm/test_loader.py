@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(**changes: Any) -> LoaderOptions:
-    return LoaderOptions(**({"mix": MIX, "num_threads": 1, "seed": 3} | changes))
+    return LoaderOptions(**({"mix": MIX, "num_threads": 1, "seed": 3, "prefetch_bytes": 20_000} | changes))
 
 
 def open_loader(corpus: str, work: LoaderOptions, **changes: Any) -> BatchLoader:
@@ -329,7 +329,7 @@ def test_damaged_shards_are_caught_and_named(
         else:
             assert named == hurt
         assert not {reader.index.key(row) for row in rows} & named
-    for key in named if not cached else ():
+    for key in named:
         assert key in caplog.text
     assert all(shard_key(path.stem) in caplog.text for path in shard_files(corpus)[: 2 if how == "swapped" else 1])
     strict = LoaderOptions(max_damaged_samples=0, block_shards=work.block_shards)
@@ -397,7 +397,7 @@ def test_prefetch_is_bounded_in_bytes_and_batches(corpus: str) -> None:
     with view_loader(corpus, num_views=2, image_px=SIZE_PX, background=None, batch_size=2, options=work) as loader:
         next(loader)
         time.sleep(0.3)
-        assert loader.stats.reads.num_requests <= 5
+        assert loader.stats.reads.num_requests <= 2 * 3 + 1  # one batch taken, one waited for, one ahead; one read
         assert loader._bytes_ahead < 10_000
     assert 1 <= loader.stats.wire_ratio < 4
 
