@@ -214,7 +214,7 @@ class Store:
                 raise UserError(f"corpus {self.url}: the store lost or changed a probe object; use another store")
             honoured = self.create(key, b"second") is Outcome.CONFLICT and self.get(key) == b"first"
             obstore.delete(self.backend, key)
-        except (StoreError, BaseError, OSError) as error:
+        except (StoreError, BaseError, OSError, NotImplementedError) as error:  # the last: a plain web server
             raise UserError(
                 f"corpus {self.url}: the store cannot be reached or written ({_short(error)}); "
                 "check the URL, its endpoint and region, and the credentials in the environment"
@@ -240,7 +240,7 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
     if scheme in ("", "file"):
         return _open_folder(url, Path(urlsplit(url).path if scheme else url), must_exist)
     options: dict[str, Any] = {"connect_timeout": f"{CONNECT_TIMEOUT_S}s", "timeout": f"{REQUEST_TIMEOUT_S}s"}
-    if os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://"):
+    if scheme == "http" or os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://"):
         options["allow_http"] = True
     retry: dict[str, Any] = {
         "max_retries": 8,
