@@ -24,7 +24,7 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render calibrate bench-render bench-loader publish status report train test lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,18 @@ calibrate: $(VENV)/.ready ## print what samples and the noise target give and co
 
 bench-render: $(VENV)/.ready ## our renderer against the public scripts' way: speed, noise, memory [ARGS="--only tree"]
 	@$(BIN)/python -m tests.bench.render $(ARGS)
+
+PEERS := $(VENV)-bench
+$(PEERS)/.ready: $(VENV)/.ready tests/bench/requirements-loader.txt
+	$(PYTHON) -m venv $(PEERS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/project.pth
+	@grep -E '^(torch|numpy|pyarrow|pillow|opencv-python-headless)==' $(CONSTRAINTS) > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PEERS)/constraints.txt --requirement tests/bench/requirements-loader.txt
+	@ln -sf $(abspath $(BIN))/weed $(PEERS)/bin/weed
+	@touch $@
+
+bench-loader: $(PEERS)/.ready ## our loader against webdataset, litdata, MosaicML Streaming: folder, S3, slow S3 [ARGS="--rounds 1"]
+	@$(PEERS)/bin/python -m tests.bench.loader $(ARGS)
 
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= JSON=1; SPEC= SET= for one plan of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)

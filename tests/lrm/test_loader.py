@@ -337,7 +337,7 @@ def test_damaged_shards_are_caught_and_named(
         view_loader(
             corpus, num_views=4, image_px=SIZE_PX, background=None, batch_size=12, options=strict, cache=cache
         ) as loader,
-        pytest.raises(DamagedDataError, match="max_damaged_samples allows 0; the last: .*shards/"),
+        pytest.raises(DamagedDataError, match=r"max_damaged_samples allows 0; the last: .*shards/"),
     ):
         next(loader)
 
@@ -347,9 +347,11 @@ def test_a_missing_shard_stops_the_run(tmp_path: Path) -> None:
     path = shard_files(corpus)[0]
     path.unlink()
     work = LoaderOptions(max_damaged_samples=8)
-    with view_loader(corpus, image_px=SIZE_PX, background=None, options=work) as loader:
-        with pytest.raises(MissingObjectError, match=f"there is no shards/{path.name}"):
-            next(loader)
+    with (
+        view_loader(corpus, image_px=SIZE_PX, background=None, options=work) as loader,
+        pytest.raises(MissingObjectError, match=f"there is no shards/{path.name}"),
+    ):
+        next(loader)
 
 
 # ---- pixels and memory

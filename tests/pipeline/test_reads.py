@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_a_cut_shard_on_a_server_is_damage_and_an_unreachable_server_is_not(tmp_
 def test_joined_spans_cover_the_ranges_and_bridge_small_gaps_alone(ranges: list[tuple[int, int]], gap: int) -> None:
     spans = join_spans([start for start, _ in ranges], [length for _, length in ranges], gap)
     assert all(any(b <= start and start + length <= e for b, e in spans) for start, length in ranges)
-    assert all(second[0] - first[1] > gap for first, second in zip(spans, spans[1:]))
+    assert all(second[0] - first[1] > gap for first, second in itertools.pairwise(spans))
     needed = {place for start, length in ranges for place in range(start, start + length)}
     for begin, end in spans:
         idle = 0
