@@ -162,7 +162,10 @@ class PlainViews:
                 image = decode_view(planes["rgba"], camera, read.key, background)
                 out["image"][i] = resize_image(image, size, size).transpose(2, 0, 1)
             out["world_from_camera"][i] = camera.world_from_camera
-            out["intrinsics"][i] = resize_intrinsics(camera.intrinsics, size / camera.width, size / camera.height)
+            k = camera.intrinsics
+            if (camera.width, camera.height) != (size, size):
+                k = resize_intrinsics(k, size / camera.width, size / camera.height)
+            out["intrinsics"][i] = k
         if self._kind is not None:
             out["background"][...] = background
 

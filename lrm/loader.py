@@ -138,6 +138,7 @@ class _Slot:
     request: Request
     future: Future[list[Buffer]] | None = None
     arrived: bool = False
+    opened: bool = False  # whether it may be decoded; it is, once both hold
 
 
 class _Arrays:
@@ -367,6 +368,7 @@ class BatchLoader:
             self._ask(*self._rest.popleft())
         while self._waiting and self._is_open(self._waiting[0].batch):
             slot = self._waiting.popleft()
+            slot.opened = True
             if slot.batch.arrays is None:
                 slot.batch.arrays, slot.batch.tensors = self._arrays.take()
             if slot.arrived:
@@ -412,7 +414,7 @@ class BatchLoader:
             if generation != self._generation or self._closed:
                 return
             slot.arrived = True
-            if slot.batch.arrays is not None:
+            if slot.opened:
                 self._pool.submit(self._decode, slot, generation)
 
     def _decode(self, slot: _Slot, generation: int) -> None:

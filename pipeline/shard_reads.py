@@ -1,6 +1,6 @@
 """Byte ranges of shards, asked for ahead: from a folder, or from a remote store with joined, hedged requests.
 
-    FolderReads   a few threads that pread; opening and closing the file costs 10 us and pins nothing
+    FolderReads   the kernel reads ahead, who wants the bytes copies them; no thread, no open file kept
     RemoteReads   one event loop in a thread of its own; every sample's ranges are joined where the gap is small, its
                   spans are asked for at once, and any number of samples may be on their way
 
@@ -20,11 +20,12 @@ the shard has another size than its version says, and as StoreError otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,20 +125,49 @@ def read_file_ranges(descriptor: int, shard: ShardRef, starts: Sequence[int], le
     return out
 
 
-class FolderReads:
-    """Reads ranges of shards in a folder of this machine, by a few threads."""
+class _FileRead(Future[list[Buffer]]):
+    """Ranges of a file that the kernel reads ahead; whoever wants the result copies them out of the page cache.
 
-    def __init__(self, store: Store, num_threads: int = 4) -> None:
+    A thread that only copied would cost a core two switches a sample and overlap nothing: it is the disk that must be
+    busy ahead, and POSIX_FADV_WILLNEED makes it so.
+    """
+
+    def __init__(self, reads: FolderReads, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> None:
+        super().__init__()
+        self._reads, self._shard, self._starts, self._lengths = reads, shard, starts, lengths
+        # What is wrong with the file shows when it is read.
+        with contextlib.suppress(StoreError, OSError), reads.opened(shard) as descriptor:
+            for start, end in join_spans(starts, lengths, MIN_GAP_BYTES):
+                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def result(self, timeout: float | None = None) -> list[Buffer]:  # noqa: ARG002 - a Future's signature
+        """Read and return the ranges."""
+        return self._reads.read(self._shard, self._starts, self._lengths)
+
+    def add_done_callback(self, fn: Callable[[Future[list[Buffer]]], object]) -> None:
+        """Call at once: there is nothing to wait for that the result does not wait for."""
+        fn(self)
+
+
+class FolderReads:
+    """Reads ranges of shards in a folder of this machine, in the thread that wants them."""
+
+    def __init__(self, store: Store) -> None:
         assert store.local_root is not None
         self._store, self._root = store, store.local_root
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-read")
         self.stats = ReadStats()
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
-        """Begin to read ranges."""
-        return self._pool.submit(self._read, shard, starts, lengths)
+        """Begin to read ranges: the kernel does, into its page cache."""
+        return _FileRead(self, shard, starts, lengths)
 
-    def _read(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+    @contextlib.contextmanager
+    def opened(self, shard: ShardRef) -> Iterator[int]:
+        """Open a shard for as long as the context lasts.
+
+        Raises:
+            MissingObjectError, StoreError: if it cannot be opened.
+        """
         try:
             descriptor = os.open(self._root / shard.key, os.O_RDONLY)
         except FileNotFoundError:
@@ -145,18 +175,23 @@ class FolderReads:
         except OSError as error:
             raise StoreError(f"{self._store.url}: opening {shard.key} failed: {error.strerror}") from None
         try:
-            out = read_file_ranges(descriptor, shard, starts, lengths)
-        except OSError as error:
-            raise StoreError(f"{self._store.url}: reading {shard.key} failed: {error.strerror}") from None
+            yield descriptor
         finally:
             os.close(descriptor)
+
+    def read(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+        """Read ranges of a shard."""
+        with self.opened(shard) as descriptor:
+            try:
+                out = read_file_ranges(descriptor, shard, starts, lengths)
+            except OSError as error:
+                raise StoreError(f"{self._store.url}: reading {shard.key} failed: {error.strerror}") from None
         self.stats.num_wire_bytes += sum(lengths)
         self.stats.num_requests += 1
         return out
 
     def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Nothing to end."""
 
 
 @dataclass(slots=True)

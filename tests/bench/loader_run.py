@@ -72,8 +72,8 @@ def cpu_seconds() -> float:
 
 
 class PeakMemory:
-    """Highest sum of private and shared-once memory (PSS) of this process and its children, looked at twice a
-    second."""
+    """Highest sum of private and shared-once memory (PSS) of this process and its children, looked at every two
+    seconds: looking costs CPU."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -81,7 +81,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        while not self._end.wait(0.5):
+        while not self._end.wait(2.0):
             total = 0
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 try:
