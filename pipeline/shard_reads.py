@@ -206,6 +206,19 @@ class _Usual:
         self.base_s += (seconds - self.base_s) * max(0.02, 1 / self.count)
 
 
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A span that is asked for: `answer` is set by the first request that brings it."""
+
+    key: str
+    start: int
+    end: int
+    begun_s: float
+    answer: asyncio.Future[Any]
+    num_sent: int = 0
+    hedged: bool = False
+
+
 class RemoteReads:
     """Reads ranges of shards from an object store by one event loop."""
 
@@ -213,6 +226,8 @@ class RemoteReads:
         self._store, self._hedge_factor = store, hedge_factor
         self.stats = ReadStats()
         self._usual = _Usual()
+        self._outstanding: set[_Asked] = set()
+        self._watch: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._room = asyncio.Semaphore(max_requests)
         self._thread = threading.Thread(target=self._run, name="shard-requests", daemon=True)
@@ -228,7 +243,11 @@ class RemoteReads:
 
     async def _read(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
         spans = join_spans(starts, lengths, max(MIN_GAP_BYTES, int(GAP_SHARE * sum(lengths))))
-        parts = await asyncio.gather(*(self._span(shard, start, end) for start, end in spans))
+        asked = []
+        for start, end in spans:
+            await self._room.acquire()
+            asked.append(self._ask(shard.key, start, end))
+        parts = [await self._answer(shard, one) for one in asked]
         out: list[Buffer] = []
         for start, length in zip(starts, lengths):
             place = next(i for i, (begin, end) in enumerate(spans) if begin <= start and start + length <= end)
@@ -236,50 +255,72 @@ class RemoteReads:
             out.append(parts[place][start - begin : start - begin + length])
         return out
 
-    async def _span(self, shard: ShardRef, start: int, end: int) -> memoryview:
-        if start == end:
-            return memoryview(b"")
-        async with self._room:
-            begun = time.perf_counter()
-            try:
-                data = memoryview(await self._hedged(shard.key, start, end))
-            except (NotFoundError, FileNotFoundError):
-                raise MissingObjectError(f"{self._store.url}: there is no {shard.key}") from None
-            except (BaseError, OSError) as error:
-                await self._raise_damage(shard)
-                text = str(error).split("\n", 1)[0][:300]
-                raise StoreError(f"{self._store.url}: reading {shard.key} failed: {text}") from None
-            self._usual.note(time.perf_counter() - begun)
-        self.stats.num_wire_bytes += len(data)
-        if len(data) != end - start:
-            await self._raise_damage(shard)
-            raise StoreError(f"{self._store.url}: {shard.key} gave {len(data)} bytes of its bytes {start} to {end}")
-        return data
+    def _ask(self, key: str, start: int, end: int) -> _Asked:
+        asked = _Asked(key, start, end, time.perf_counter(), self._loop.create_future())
+        asked.answer.add_done_callback(self._answered)
+        self._outstanding.add(asked)
+        self._send(asked)
+        if self._watch is None:
+            self._watch = self._loop.create_task(self._hedge())
+        return asked
 
-    async def _hedged(self, key: str, start: int, end: int) -> Any:
+    def _answered(self, answer: asyncio.Future[Any]) -> None:
+        self._room.release()
+        if not answer.cancelled():
+            answer.exception()  # seen, though only the first error of a sample's spans is raised
+
+    def _send(self, asked: _Asked) -> None:
+        asked.num_sent += 1
         self.stats.num_requests += 1
-        first = asyncio.ensure_future(self._request(key, start, end))
-        done, _ = await asyncio.wait({first}, timeout=max(MIN_HEDGE_S, self._hedge_factor * self._usual.base_s))
-        if done or self.stats.num_hedged > 2 + self.stats.num_requests // 20:
-            return await first
-        self.stats.num_hedged += 1
-        self.stats.num_wire_bytes += end - start
-        waiting = {first, asyncio.ensure_future(self._request(key, start, end))}
-        error: BaseException | None = None
-        try:
-            while waiting:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if (error := task.exception()) is None:
-                        return task.result()
-        finally:
-            for task in waiting:
-                task.cancel()
-        assert error is not None
-        raise error
+        request = obstore.get_range_async(self._store.backend, asked.key, start=asked.start, end=asked.end)
+        asyncio.ensure_future(request).add_done_callback(lambda done: self._settle(asked, done))
 
-    async def _request(self, key: str, start: int, end: int) -> Any:
-        return await obstore.get_range_async(self._store.backend, key, start=start, end=end)
+    def _settle(self, asked: _Asked, done: asyncio.Future[Any]) -> None:
+        """Take the first answer; an error counts if no other request is under way."""
+        asked.num_sent -= 1
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if asked.answer.done() or (error is not None and asked.num_sent):
+            return
+        self._outstanding.discard(asked)
+        if error is None:
+            self._usual.note(time.perf_counter() - asked.begun_s)
+            asked.answer.set_result(done.result())
+        elif done.cancelled():
+            asked.answer.cancel()
+        else:
+            asked.answer.set_exception(error)
+
+    async def _hedge(self) -> None:
+        """Ask again for what is late: one look at all that is outstanding, rather than a timer a request."""
+        while True:
+            await asyncio.sleep(MIN_HEDGE_S / 4)
+            late_s = max(MIN_HEDGE_S, self._hedge_factor * self._usual.base_s)
+            for asked in list(self._outstanding):
+                if asked.hedged or time.perf_counter() - asked.begun_s < late_s:
+                    continue
+                if self.stats.num_hedged > 2 + self.stats.num_requests // 20:
+                    break
+                asked.hedged = True
+                self.stats.num_hedged += 1
+                self.stats.num_wire_bytes += asked.end - asked.start
+                self._send(asked)
+
+    async def _answer(self, shard: ShardRef, asked: _Asked) -> memoryview:
+        try:
+            data = memoryview(await asked.answer)
+        except (NotFoundError, FileNotFoundError):
+            raise MissingObjectError(f"{self._store.url}: there is no {shard.key}") from None
+        except (BaseError, OSError) as error:
+            await self._raise_damage(shard)
+            text = str(error).split("\n", 1)[0][:300]
+            raise StoreError(f"{self._store.url}: reading {shard.key} failed: {text}") from None
+        self.stats.num_wire_bytes += len(data)
+        if len(data) != asked.end - asked.start:
+            await self._raise_damage(shard)
+            raise StoreError(
+                f"{self._store.url}: {shard.key} gave {len(data)} bytes of its bytes {asked.start} to {asked.end}"
+            )
+        return data
 
     async def _raise_damage(self, shard: ShardRef) -> None:
         """Raise DamagedDataError if the shard has another length than its version says."""
