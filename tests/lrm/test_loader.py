@@ -269,6 +269,30 @@ def test_a_killed_rank_costs_only_the_steps_since_the_checkpoint(corpus: str) ->
     assert Counter(Counter(rows[:25]).values()) == {1: 7, 3: 6}
 
 
+def test_two_ranks_share_a_nodes_cache_and_read_what_ranged_reading_reads(corpus: str, tmp_path: Path) -> None:
+    work = options(block_shards=2)
+    cache = CacheSettings(folder=tmp_path / "cache", max_bytes=10**8, open_shards=4)
+    ranks = [
+        BatchLoader(
+            VersionReader.open(corpus, cache=cache),
+            PlainViews(2, SIZE_PX, None),
+            work,
+            batch_size=5,
+            rank=rank,
+            ranks=2,
+        )
+        for rank in range(2)
+    ]
+    got = [record for _ in range(10) for rank in ranks for record in records(next(rank))]
+    assert got == whole_run(corpus, work, 105)[:50]
+    reads = [rank.stats.reads for rank in ranks]
+    assert sum(one.cache_misses for one in reads) == 4, "each of the four shards was brought once, by either"
+    assert sum(one.num_wire_bytes for one in reads) == sum(path.stat().st_size for path in shard_files(corpus))
+    assert all(one.cache_hits > 0 for one in reads)
+    for rank in ranks:
+        rank.close()
+
+
 # ---- damage
 
 
