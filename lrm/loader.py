@@ -97,6 +97,7 @@ class LoaderStats:
     Attributes:
         num_objects: samples delivered.
         num_bytes: bytes of them that were needed: their JSON and the planes of their views.
+        num_asked_bytes: the same, of all samples that were asked for, delivered or not.
         data_wait_s: seconds the consumer waited for data.
         damaged: row of each damaged sample, and what was found.
         reads: what was read from the store or the cache.
@@ -104,14 +105,15 @@ class LoaderStats:
 
     num_objects: int = 0
     num_bytes: int = 0
+    num_asked_bytes: int = 0
     data_wait_s: float = 0.0
     damaged: dict[int, str] = field(default_factory=dict)
     reads: ReadStats = field(default_factory=ReadStats)
 
     @property
     def wire_ratio(self) -> float:
-        """Bytes read over bytes needed, what is prefetched and not yet delivered included."""
-        return self.reads.num_wire_bytes / max(1, self.num_bytes)
+        """Bytes read over bytes needed, of all that was asked for so far."""
+        return self.reads.num_wire_bytes / max(1, self.num_asked_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -394,6 +396,7 @@ class BatchLoader:
         self._bring_ahead(consumed)
         self._bytes_ahead += request.num_bytes
         self._num_ahead += 1
+        self.stats.num_asked_bytes += request.num_bytes
         self._waiting.append(slot)
         generation = self._generation
         slot.future = self._reader.fetch(request)

@@ -122,7 +122,7 @@ def test_a_fraction_takes_other_rows_each_epoch_and_all_in_turn(half: int, weigh
         assert sorted(row for row in rows if row < num) == list(range(num))
         assert sum(row >= num for row in rows) == weight * num
     total = Counter(row for rows in epochs for row in rows if row >= num)
-    assert total == {row: 4 * weight for row in range(num, 2 * num)}
+    assert total == dict.fromkeys(range(num, 2 * num), 4 * weight)
 
 
 def test_a_fraction_is_refused_where_shards_are_cached_and_names_that_are_not_there_are_ignored() -> None:
