@@ -177,7 +177,7 @@ def _write_litdata(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
     folder.mkdir(parents=True)
     writer = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
     for i, sample in enumerate(samples):
-        writer[i] = sample
+        writer[i] = list(sample.values())  # dicts become Arrow rows, which 0.2.76 cannot read back from its cache
     writer.done()
     writer.merge()
 

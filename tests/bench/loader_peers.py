@@ -3,7 +3,7 @@
     ours, ours_cached         ranged reads; whole shards from the node's cache; two decoding threads
     ours_workers              ranged reads in two worker processes of a DataLoader, to compare with threads
     webdataset_pil, _cv2      the same shards, streamed; plain `webdataset` cannot skip members, and so reads all views
-    litdata_pil, _cv2         chunks of 64 MiB with a sample's 32 encoded views as fields of bytes
+    litdata_pil, _cv2         chunks of 64 MiB with a sample's JSON and 32 encoded views as a list of bytes
     streaming_pil, _cv2       MosaicML Streaming, shards of 64 MiB, likewise
 
 A batch is 8 objects x 4 random views of uint8 RGBA [512, 512, 4], and their cameras as parsed JSON. Every peer picks
@@ -142,7 +142,10 @@ class Picked:
     pick: Pick
 
     def __getitem__(self, index: Any) -> Any:
-        return self.pick(super().__getitem__(index))  # type: ignore[misc]
+        sample = super().__getitem__(index)  # type: ignore[misc]
+        if not isinstance(sample, dict):  # litdata's list
+            sample = dict(zip(("json", *(f"{view:03d}" for view in range(NUM_VIEWS))), sample))
+        return self.pick(sample)
 
 
 def _litdata(setting: Setting, decoder: str) -> Iterator[Any]:
