@@ -6,11 +6,12 @@ gets many requests at once and a fast one does not fill the memory. The *decodin
 is decoded straight into its place in the batch it belongs to, at most `prefetch_batches` beyond the one being waited
 for. Samples are decoded as they arrive, in any order; batches leave in order.
 
-Threads, not processes. Decoding releases the GIL and what remains in Python is 0.3 ms an object, so two threads keep
-two cores decoding. Worker processes were measured beside them (`make bench-loader`, part `threads_or_processes`): they
-pay for pickling and for copying each decoded batch into shared memory and out of it, 4 MB an object of four 512^2
-views, where threads write pixels once. Past about eight cores a rank the GIL would bind; there `lrm.dataset` runs this
-loader in the workers of a DataLoader, each its share of the batches.
+Threads, not processes. Decoding releases the GIL and what remains in Python is about 0.4 ms an object of four 512^2
+views, so two threads keep two cores decoding. Two worker processes of a DataLoader were measured beside them
+(`make bench-loader`, contestant `ours_workers`): 14.2 ms of CPU an object against 8.3, for pickling and for copying
+each decoded batch, 4 MB an object, into shared memory, where threads write pixels once, in place. Past some eight cores
+a rank the GIL would bind; there `lrm.dataset` runs this loader in the workers of a DataLoader, each its share of
+batches.
 
 **Place.** Batch k of a run is `batch_size` consecutive positions of the global order over all ranks; a rank decodes its
 slice of them. State is where the next batch begins, whatever was prefetched, and knows no ranks, workers or batch size.

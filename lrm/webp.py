@@ -1,10 +1,10 @@
 """Pictures decoded straight into a batch: libwebp by its C interface where the process has one, else OpenCV.
 
-OpenCV's wheel holds a libwebp of its own, built for SSE3, and returns a new array in BGRA order. Pillow's wheel brings
-a shared libwebp with run-time dispatch to newer instructions, whose `WebPDecodeRGBAInto` writes RGBA where it is told
-to. On the 512^2 renders of the loader's benchmark, one thread: OpenCV 3.3 ms a view with its turn to RGBA, libwebp 2.5
-ms, Pillow's own decoder 5.3 ms. Lossless pixels are equal by definition, and a test compares all three. ctypes lets go
-of the GIL for the call.
+OpenCV's wheel holds a libwebp of its own and returns a new array in BGRA order, which is turned and then copied to its
+place. Pillow's wheel brings a shared libwebp whose `WebPDecodeRGBAInto` writes RGBA where it is told to. The decoders
+are equally fast; what is saved is the array, the turn and the copy. Four 512^2 renders of 135 KB, CPU of one thread:
+this way 7.6 ms, OpenCV 10.1 and with the turn to RGBA 13.0, Pillow's own decoder 17.4. Lossless pixels are equal by
+definition, and a test compares all three. ctypes lets go of the GIL for the call.
 
 libwebp is looked for among the libraries that Pillow has loaded into the process, then under the system's name. Where
 there is none (or another ABI), and for PNG, OpenCV decodes and one copy is made.

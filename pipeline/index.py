@@ -1,7 +1,7 @@
 """The index of a version: what a reader needs of every sample, in one memory-mapped Arrow file a node.
 
 A manifest holds all that is known of an object (licences, quality, provenance); a reader needs where its bytes lie and
-how to check them, about 300 bytes of a sample of 32 views. Those columns are copied once a node into
+how to check them, about 330 bytes of a sample of 32 views. Those columns are copied once a node into
 
     <cache>/index/<version digest>-<layout>.arrow     Arrow IPC, record batches of ROWS_PER_BATCH rows
 
@@ -9,7 +9,8 @@ how to check them, about 300 bytes of a sample of 32 views. Those columns are co
     type         str    int16   bool     int16      int32  int64   list<int32>  list<uint32>  int16
     metadata     source names, (sha256, bytes) of shards, (planes, codecs) of layouts, as JSON
 
-and mapped by every process that reads the version: ranks and workers share its pages, none holds a table of its own.
+and mapped by every process that reads the version: ranks and workers share its pages, none holds a table of its own;
+lengths and checksums are read from it as they are needed.
 Rows keep the manifest's order, so a row number means the same everywhere. The file is made beside its name and renamed;
 a reader that finds it there uses it. The manifest itself is streamed to disk, checked against its digest, and read in
 batches, so that making the index of a million objects does not need their manifest in memory.
@@ -88,6 +89,31 @@ class Part:
     crc32: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """The lists of numbers of one record batch: offsets [n + 1] mapped, values read from the file where they are
+    needed.
+
+    Lengths and checksums are nine tenths of an index. Mapped, an epoch in random order would leave all of them resident
+    in every process; read, they stay in the page cache, once a node, for 2 us a list.
+    """
+
+    offsets: NDArray[np.int32]
+    start: int
+    kind: type[np.integer[Any]]
+
+    @classmethod
+    def of(cls, column: Any, base: int, kind: type[np.integer[Any]]) -> _Lists:
+        """Find the values of a list column in the file that is mapped at `base`."""
+        return cls(column.offsets.to_numpy(), column.buffers()[3].address - base, kind)
+
+    def read(self, descriptor: int, place: int) -> tuple[int, ...]:
+        """Return the list at a place."""
+        begin, end = self.offsets[place : place + 2].tolist()
+        data = os.pread(descriptor, 4 * (end - begin), self.start + 4 * begin)
+        return tuple(np.frombuffer(data, self.kind).tolist())
+
+
 class SampleIndex:
     """The samples of a version by row. Numpy views of a mapped file: cheap to open, shared between processes.
 
@@ -100,12 +126,15 @@ class SampleIndex:
         shard: [n] int32, index into `shards`.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            base = source.read_buffer(8).address
+            table = pa.ipc.open_file(source).read_all()
+        self._file = path.open("rb", buffering=0)
         metadata = {name.decode(): value for name, value in (table.schema.metadata or {}).items()}
         self.sources: tuple[str, ...] = tuple(json.loads(metadata["sources"]))
         self.shards: list[tuple[str, int]] = [(sha256, size) for sha256, size in json.loads(metadata["shards"])]
         self._layouts = [(tuple(planes), tuple(codecs)) for planes, codecs in json.loads(metadata["layouts"])]
-        self._table = table
         self._batches = table.to_batches()
         self.source = self._column("source", np.int16)
         self.num_views = self._column("num_views", np.int16)
@@ -114,8 +143,8 @@ class SampleIndex:
         flags = [batch.column("heldout").to_numpy(zero_copy_only=False) for batch in self._batches]
         self.heldout: NDArray[np.bool_] = np.concatenate(flags) if flags else np.zeros(0, bool)
         self._offsets = [batch.column("offset").to_numpy() for batch in self._batches]
-        self._lengths = [_lists(batch.column("lengths")) for batch in self._batches]
-        self._crc32s = [_lists(batch.column("crc32s")) for batch in self._batches]
+        self._lengths = [_Lists.of(batch.column("lengths"), base, np.int32) for batch in self._batches]
+        self._crc32s = [_Lists.of(batch.column("crc32s"), base, np.uint32) for batch in self._batches]
 
     def _column(self, name: str, kind: type[np.integer[Any]]) -> NDArray[Any]:
         parts = [batch.column(name).to_numpy() for batch in self._batches]
@@ -142,8 +171,8 @@ class SampleIndex:
             codecs=codecs,
             num_views=int(self.num_views[row]),
             offset=int(self._offsets[batch][place]),
-            lengths=tuple(_slice(self._lengths[batch], place).tolist()),
-            crc32s=tuple(_slice(self._crc32s[batch], place).tolist()),
+            lengths=self._lengths[batch].read(self._file.fileno(), place),
+            crc32s=self._crc32s[batch].read(self._file.fileno(), place),
         )
 
     def parts(self, row: int, views: Sequence[int], planes: Sequence[str] = ("rgba",)) -> list[Part]:
@@ -168,16 +197,6 @@ class SampleIndex:
         return sum(part.length for part in self.parts(row, views, planes))
 
 
-def _lists(column: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return offsets [n + 1] and values of a list column, as views of its buffers."""
-    return column.offsets.to_numpy(), column.values.to_numpy()
-
-
-def _slice(lists: tuple[NDArray[Any], NDArray[Any]], place: int) -> NDArray[Any]:
-    offsets, values = lists
-    return values[offsets[place] : offsets[place + 1]]
-
-
 def open_index(store: Store, version: Version, cache_dir: Path | None = None) -> SampleIndex:
     """Map the index of a version, making it first if this node has none.
 
@@ -199,8 +218,7 @@ def open_index(store: Store, version: Version, cache_dir: Path | None = None) ->
             made.replace(path)
     with contextlib.suppress(OSError):
         os.utime(path)
-    with pa.memory_map(str(path)) as source:
-        return SampleIndex(pa.ipc.open_file(source).read_all())
+    return SampleIndex(path)
 
 
 def _forget_old(folder: Path) -> None:
