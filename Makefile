@@ -33,7 +33,7 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	publish diff verify tombstone compact gc status report train test test-crash lint format s3-up clean
+	bench-loader publish diff verify tombstone compact gc status report train test test-crash lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,18 @@ bench-corpus: $(VENV)/.ready ## a million made-up objects: time and memory of pl
 
 bench-ingest: $(VENV)/.ready ## photographs from zip to shard, beside decode + remap + encode alone [ARGS="--captures 20"]
 	@$(BIN)/python -m tests.bench.ingest $(ARGS)
+
+PEERS := $(VENV)-bench
+$(PEERS)/.ready: $(VENV)/.ready tests/bench/requirements-loader.txt
+	$(PYTHON) -m venv $(PEERS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/project.pth
+	@grep -E '^(torch|numpy|pyarrow|pillow|opencv-python-headless)==' $(CONSTRAINTS) > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PEERS)/constraints.txt --requirement tests/bench/requirements-loader.txt
+	@ln -sf $(abspath $(BIN))/weed $(PEERS)/bin/weed
+	@touch $@
+
+bench-loader: $(PEERS)/.ready ## our loader against webdataset, litdata, MosaicML Streaming: folder, S3, slow S3 [ARGS="--rounds 1"]
+	@$(PEERS)/bin/python -m tests.bench.loader $(ARGS)
 
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 PUBLIC=1 JSON=1; SPEC= SET= for one spec of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(PUBLIC),--public) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)

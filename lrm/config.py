@@ -102,12 +102,24 @@ class DataConfig(BaseModel):
     input_distance: Literal["keep"] | float = Field(
         "keep", description="distance of the normalised input camera: keep the captured one, or scale the world to this"
     )
-    source_copies: dict[str, int] = Field(
-        {}, description="times each source enters an epoch, default 1; paper 3 for video"
+    background: Literal["white", "random"] = Field(
+        "white", description="behind the target views: white, or a grey drawn by sample; paper white"
+    )
+    source_copies: dict[str, float] = Field(
+        {},
+        description="times each source enters an epoch, default 1; 0.5 is another half each epoch; paper 3 for video",
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of order, views and crops; 0 is a seed like any other")
     num_threads: int = Field(ge=1, description="threads that read and decode")
     prefetch_batches: int = Field(ge=1, description="batches in flight ahead of the model")
+    prefetch_bytes: int = Field(64 * 2**20, ge=1, description="encoded bytes asked for ahead of the decoders")
+    cache_dir: str = Field(
+        "", description="node-local folder for whole shards, shared by all processes; empty reads only the needed views"
+    )
+    cache_bytes: int = Field(200 * 10**9, ge=1, description="limit of that folder; what is in use is never evicted")
+    block_shards: int = Field(
+        8, ge=1, description="shards whose samples are mixed with each other, where cache_dir is set"
+    )
     max_damaged_samples: int = Field(ge=0, description="damaged samples replaced and counted before the run stops")
 
     @model_validator(mode="after")
@@ -116,8 +128,8 @@ class DataConfig(BaseModel):
             raise ValueError("patch_px <= min_render_px <= max_render_px is required")
         if self.input_distance != "keep" and not 0.1 <= self.input_distance <= 100:
             raise ValueError(f"input_distance {self.input_distance} must be 'keep' or 0.1 to 100 world units")
-        if any(copies < 0 for copies in self.source_copies.values()):
-            raise ValueError(f"source_copies {self.source_copies} must not be negative")
+        if any(not 0 <= copies <= 1000 for copies in self.source_copies.values()):
+            raise ValueError(f"source_copies {self.source_copies} must be 0 to 1000")
         return self
 
 

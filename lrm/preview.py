@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lrm.checkpoint import load_model
 from lrm.config import RunConfig
-from lrm.data import Float32, cut_window, decode_view, input_fields, normalized_poses, resize_image
+from lrm.data import input_fields, normalized_poses
 from lrm.losses import psnr_db
 from lrm.metrics import read_metrics
 from lrm.model import LRM
+from lrm.pixels import Float32, cut_window, decode_view, resize_image
 from pipeline.reader import VersionReader
 from pipeline.types import Float64, UserError
 
@@ -71,9 +72,9 @@ def predict_views(
         the input [image_px, image_px, 3], the true novel views, and the predicted ones.
     """
     read = reader.read_views(row, views)
-    cameras = [read.header.cameras[view] for view in views]
-    images = [decode_view(planes["rgba"], camera, read.header.key) for planes, camera in zip(read.planes, cameras)]
-    poses = normalized_poses(cameras, config.data, str(read.header.metadata["source"]))
+    cameras = read.cameras
+    images = [decode_view(planes["rgba"], camera, read.key) for planes, camera in zip(read.planes, cameras)]
+    poses = normalized_poses(cameras, config.data, read.source)
     fields = input_fields(images[0], cameras[0], poses[0], config.model.encoder.image_px)
     novel = zip(images[1:], cameras[1:])
     truths = [cut_window(image, camera.intrinsics, image_px, 0, 0, image_px) for image, camera in novel]
@@ -94,8 +95,8 @@ def _mean_view(reader: VersionReader, rows: list[int], image_px: int) -> Float32
     for row in rows:
         views = range(min(each, reader.rows["num_views"][row].as_py()))
         read = reader.read_views(row, views)
-        for view, planes in zip(views, read.planes):
-            image = decode_view(planes["rgba"], read.header.cameras[view], read.header.key)
+        for camera, planes in zip(read.cameras, read.planes):
+            image = decode_view(planes["rgba"], camera, read.key)
             total += resize_image(image, image_px, image_px)
             count += 1
     return (total / count).astype(np.float32)

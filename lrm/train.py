@@ -40,13 +40,13 @@ from tqdm import tqdm
 
 from lrm.checkpoint import State, newest_checkpoint, read_checkpoint, remove_strays, save_checkpoint
 from lrm.config import RunConfig, load_config
-from lrm.data import Batch, Loader
+from lrm.data import Batch, Loader, open_reader
 from lrm.losses import mse_loss, psnr_db
 from lrm.metrics import METRICS_NAME, append_metrics, rewind_metrics
 from lrm.model import LRM
 from lrm.optim import build_optimizer, learning_rate
 from lrm.ranks import Ranks, joined_ranks
-from pipeline.reader import DamagedDataError, VersionReader
+from pipeline.reader import DamagedDataError
 from pipeline.types import UserError, derive_seed
 from pipeline.version import parse_version
 
@@ -170,7 +170,11 @@ class Trainer:
                 on_device["input_image"], on_device["input_camera"], on_device["target_world_from_camera"],
                 on_device["target_intrinsics"], self.config.data.patch_px, generator,
             )  # fmt: skip
-        loss = mse_loss(rendered.rgb, on_device["target_rgb"])
+        rgb = rendered.rgb
+        if self.config.data.background != "white":  # the renderer composites over white
+            behind = on_device["background"][:, None, :, None, None] - 1
+            rgb = rgb + (1 - rendered.alpha)[:, :, None] * behind
+        loss = mse_loss(rgb, on_device["target_rgb"])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm))
@@ -228,17 +232,20 @@ class Clock:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._mark = (time.perf_counter(), 0, 0.0)
+        self._mark = (time.perf_counter(), 0, 0.0, 0)
 
     def read(self, ranks: int) -> dict[str, float | int]:
         """Return objects/s over all ranks, this rank's share of time spent waiting for data, and its counts."""
-        stats, (start_s, objects, wait_s) = self._loader.stats, self._mark
-        self._mark = (time.perf_counter(), stats.num_objects, stats.data_wait_s)
+        stats, (start_s, objects, wait_s, num_bytes) = self._loader.stats, self._mark
+        self._mark = (time.perf_counter(), stats.num_objects, stats.data_wait_s, stats.num_bytes)
         elapsed_s = max(1e-9, self._mark[0] - start_s)
         return {
             "objects_per_s": round((stats.num_objects - objects) * ranks / elapsed_s, 3),
             "data_wait_share": round((stats.data_wait_s - wait_s) / elapsed_s, 4),
             "bytes_read": stats.num_bytes,
+            "bytes_per_s": round((stats.num_bytes - num_bytes) * ranks / elapsed_s),
+            "wire_ratio": round(stats.wire_ratio, 3),
+            "cache_hits": stats.reads.cache_hits,
             "damaged": len(stats.damaged),
         }
 
@@ -308,8 +315,12 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     """
     out = Path(out_dir)
     torch.set_num_threads(config.train.num_threads or os.cpu_count() or 1)
-    reader = VersionReader.open(corpus, version)
+    reader = open_reader(corpus, version, config.data)
     with stop_signals() as stop, joined_ranks(config.train.device) as ranks:
+        if config.train.batch_size % ranks.size:  # gradients are averaged over ranks as equals
+            raise UserError(
+                f"train.batch_size {config.train.batch_size} must divide by the {ranks.size} ranks of this run"
+            )
         saved = _newest_state(out, ranks)
         loader = Loader(
             reader,

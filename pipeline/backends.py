@@ -38,6 +38,7 @@ REQUEST_TIMEOUT_S = 120.0
 
 REMOTE_SCHEMES = {
     "s3": "S3", "s3a": "S3", "gs": "GCS", "az": "Azure", "azure": "Azure", "abfs": "Azure", "abfss": "Azure",
+    "http": "HTTP", "https": "HTTP",
 }  # fmt: skip
 _ENDPOINTS = (
     "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT",
@@ -56,7 +57,7 @@ def open_backend(url: str) -> Any:
     """
     check_url(url)
     options: dict[str, Any] = {"connect_timeout": f"{CONNECT_TIMEOUT_S}s", "timeout": f"{REQUEST_TIMEOUT_S}s"}
-    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
+    if url.startswith("http://") or any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
         options["allow_http"] = True
     retry: dict[str, Any] = {
         "max_retries": MAX_RETRIES,

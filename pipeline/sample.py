@@ -179,7 +179,7 @@ def decode_data(name: PlaneName, plane: Plane) -> NDArray[Any]:
     return image.astype(np.float32) / np.float32(plane.scale)
 
 
-def decode_rgba(data: bytes) -> NDArray[np.uint8]:
+def decode_rgba(data: bytes | memoryview) -> NDArray[np.uint8]:
     """Decode an encoded rgba plane to straight RGBA uint8 [H, W, 4].
 
     Raises:
@@ -280,7 +280,7 @@ def parse_sample_json(data: bytes) -> SampleHeader:
         views = meta["views"]
         if not 1 <= len(views) <= MAX_VIEWS or meta["num_views"] != len(views):
             raise SampleError(f"sample {meta['key']!r}: num_views {meta['num_views']!r} but {len(views)} views")
-        cameras = tuple(_parse_camera(view) for view in views)
+        cameras = tuple(parse_camera(view) for view in views)
         names = tuple(views[0]["planes"])
         if any(tuple(sorted(view["planes"])) != tuple(sorted(names)) for view in views):
             raise SampleError(f"sample {meta['key']!r}: planes differ between views")
@@ -300,7 +300,8 @@ def parse_sample_json(data: bytes) -> SampleHeader:
         raise SampleError(f"sample JSON is malformed: {type(error).__name__}: {error}") from None
 
 
-def _parse_camera(view: Mapping[str, Any]) -> Camera:
+def parse_camera(view: Mapping[str, Any]) -> Camera:
+    """Return the camera of one view of a sample's JSON; raises as `parse_sample_json` does, or what a lookup raises."""
     width, height = view["width"], view["height"]
     if not all(isinstance(size, int) and 1 <= size <= 16384 for size in (width, height)):
         raise SampleError(f"view size {width!r} x {height!r} is not 1 to 16384 px")

@@ -345,7 +345,7 @@ def member_name(key: str, position: int, entry: MemberIndex) -> str:
     return f"{key}.{view:03d}.{entry.planes[plane]}.{entry.codecs[plane]}"
 
 
-def check_part(data: bytes, length: int, crc32: int, shard: str, name: str) -> None:
+def check_part(data: bytes | memoryview, length: int, crc32: int, shard: str, name: str) -> None:
     """Raise DamagedDataError unless the bytes have this length and crc32."""
     if len(data) != length or zlib.crc32(data) != crc32:
         raise DamagedDataError(

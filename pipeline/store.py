@@ -348,7 +348,7 @@ class Store:
             if self.create(key, b"first") is not Outcome.CREATED or self.get(key) != b"first":
                 raise UserError(f"corpus {self.url}: the store lost or changed a probe object; use another store")
             honoured = self.create(key, b"second") is Outcome.CONFLICT and self.get(key) == b"first"
-        except (StoreError, *_ANY) as error:
+        except (StoreError, NotImplementedError, *_ANY) as error:  # the second: a plain web server
             raise UserError(
                 f"corpus {self.url}: the store cannot be reached or written ({short_error(error)}); "
                 "check the URL, its endpoint and region, and the credentials in the environment"

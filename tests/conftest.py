@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Ray 2.60 and others phone home unless told otherwise; tests need no network.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# Readers keep an index of each version they open in the node's cache: of test corpora, not in the user's.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lrm-test-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

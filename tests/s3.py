@@ -42,15 +42,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Run a server over `folder`; yields the environment variables that a client needs.
+def s3_server(folder: Path, *, num_volumes: int = 8) -> Iterator[dict[str, str]]:
+    """Run a server over `folder`, of at most `num_volumes` x 512 MB; yields the environment variables of a client.
 
     A server that ends while it starts, such as for a port that was taken meanwhile, is started again with other ports.
     """
     for last in (False, False, True):
         with contextlib.ExitStack() as stack:
             try:
-                environment = stack.enter_context(_server(folder))
+                environment = stack.enter_context(_server(folder, num_volumes))
             except ConnectionAbortedError:
                 if last:
                     raise
@@ -60,7 +60,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[dict[str, str]]:
+def _server(folder: Path, num_volumes: int) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4)))
     keys = {"accessKey": "test-key", "secretKey": secrets.token_hex(16)}
@@ -71,7 +71,7 @@ def _server(folder: Path) -> Iterator[dict[str, str]]:
         str(weed if weed.exists() else shutil.which("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-dir={folder}", f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", "-filer",
         f"-filer.port={ports['filer']}", "-s3", f"-s3.port={ports['s3']}", f"-s3.config={folder / 's3.json'}",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=512", "-volume.max=8",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=512", f"-volume.max={num_volumes}",
     ]  # fmt: skip
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",

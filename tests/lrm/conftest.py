@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,19 @@ from tests.conftest import make_asset, make_sample
 
 
 def build_corpus(
-    folder: Path, *, num_objects: int = 6, num_views: int = 8, size_px: int = 64, heldout_per_mille: int = 0
+    folder: Path,
+    *,
+    num_objects: int = 6,
+    num_views: int = 8,
+    size_px: int = 64,
+    heldout_per_mille: int = 0,
+    sources: Sequence[str] = ("fake",),
 ) -> str:
-    """Write and publish a version of balls with coloured octants; returns the corpus' folder."""
+    """Write and publish a version of balls with coloured octants; returns the corpus' folder.
+
+    Args:
+        sources: names of sources, taken in turn.
+    """
     spec = DatasetSpec(
         name="balls",
         source=ProceduralSource(num_objects=num_objects),
@@ -28,11 +39,12 @@ def build_corpus(
         split=SplitSpec(heldout_per_mille=heldout_per_mille),
     )
     store = open_store(str(folder))
-    assets = [make_asset(f"ball-{i}") for i in range(num_objects)]
+    assets = [make_asset(f"ball-{i}", source=sources[i % len(sources)]) for i in range(num_objects)]
     frozen = plan.freeze(store, spec, "f", lambda: assets)
     for shard in frozen.shards:
         samples: dict[str, Sample] = {
-            asset.uid: make_sample(asset.uid, num_views=num_views, size_px=size_px) for asset in shard.assets
+            asset.uid: make_sample(asset.uid, num_views=num_views, size_px=size_px, asset=asset)
+            for asset in shard.assets
         }
         receipt.commit_shard(store, shard, samples, folder)
     version.publish(store, [frozen])

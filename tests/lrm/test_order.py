@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,12 +14,13 @@ from lrm.order import KeyedDraws, SampleOrder, permute
 from pipeline.types import UserError
 
 
-def order_of(num_rows: int, seed: int = 0, **changes: object) -> SampleOrder:
-    values: dict[str, object] = {
-        "sources": ["a"] * num_rows, "heldout": [False] * num_rows, "num_views": [32] * num_rows,
-        "source_copies": {}, "views_per_sample": 4, "seed": seed,
-    }  # fmt: skip
-    return SampleOrder.build(**(values | changes))  # type: ignore[arg-type]
+def order_of(num_rows: int, seed: int = 0, **changes: Any) -> SampleOrder:
+    values: dict[str, Any] = {
+        "sources": ["a"], "source": [0] * num_rows, "heldout": [False] * num_rows, "num_views": [32] * num_rows,
+        "shard": [i // 5 for i in range(num_rows)], "views_per_sample": 4, "seed": seed,
+    } | changes  # fmt: skip
+    kinds = {"source": np.int16, "shard": np.int32, "heldout": bool, "num_views": np.int16}
+    return SampleOrder.build(**(values | {name: np.array(values[name], kind) for name, kind in kinds.items()}))
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63 - 1))
@@ -40,7 +43,7 @@ def test_an_epoch_holds_every_training_row_once(num_rows: int, seed: int, epoch:
 
 def test_held_out_rows_never_come_and_sources_come_as_often_as_copied() -> None:
     order = order_of(
-        4, sources=["a", "video", "a", "video"], heldout=[False, False, True, False], source_copies={"video": 3}
+        4, sources=["a", "video"], source=[0, 1, 0, 1], heldout=[False, False, True, False], mix={"video": 3}
     )
     assert Counter(order.draw(i).row for i in range(len(order))) == {0: 1, 1: 3, 3: 3}
 
@@ -77,3 +80,52 @@ def test_keyed_draws_stay_below_their_bound() -> None:
     draws = KeyedDraws(1)
     assert {draws.below(3) for _ in range(200)} == {0, 1, 2}
     assert sorted(KeyedDraws(5).choose(6, 6)) == list(range(6))
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(0, 2**40))
+def test_blocks_hold_every_row_and_work_on_few_shards_at_a_time(
+    num_rows: int, block_shards: int, epoch: int, copies: int, seed: int
+) -> None:
+    """Two sources that share no shard, one of them copied: each slot once, each block within its shards."""
+    source = [int(i >= num_rows // 2) for i in range(num_rows)]
+    order = order_of(
+        num_rows, seed, sources=["a", "b"], source=source, mix={"b": copies}, block_shards=block_shards,
+        shard=[(i // 3) * 2 + source[i] for i in range(num_rows)],
+    )  # fmt: skip
+    places = range(epoch * len(order), (epoch + 1) * len(order))
+    rows = [order.draw(place).row for place in places]
+    assert Counter(rows) == {row: copies if source[row] else 1 for row in range(num_rows)}
+    shard_of = {row: (row // 3) * 2 + source[row] for row in range(num_rows)}
+    blocks = [order.block_of(place) for place in places]
+    assert blocks == sorted(blocks)
+    assert blocks[0] == epoch * order.num_blocks
+    assert blocks[-1] == (epoch + 1) * order.num_blocks - 1
+    for row, block in zip(rows, blocks):
+        assert shard_of[row] in order.shards_of_block(block)
+        assert len(order.shards_of_block(block)) <= block_shards
+
+
+def test_blocks_differ_from_epoch_to_epoch_and_mix_their_shards() -> None:
+    order = order_of(200, block_shards=8)
+    first, second = ([order.draw(e * 200 + i).row for i in range(200)] for e in range(2))
+    assert first != second
+    assert order.shards_of_block(0) != order.shards_of_block(order.num_blocks)
+    assert len({row // 5 for row in first[:20]}) >= 5, "twenty samples of a block come from many of its eight shards"
+
+
+@given(st.integers(8, 80), st.sampled_from([0.25, 0.5, 1.5]), st.integers(0, 2**40))
+def test_a_fraction_takes_other_rows_each_epoch_and_all_in_turn(half: int, weight: float, seed: int) -> None:
+    num = 4 * half
+    order = order_of(2 * num, seed, sources=["a", "b"], source=[0] * num + [1] * num, mix={"b": weight})
+    epochs = [[order.draw(e * len(order) + i).row for i in range(len(order))] for e in range(4)]
+    for rows in epochs:
+        assert sorted(row for row in rows if row < num) == list(range(num))
+        assert sum(row >= num for row in rows) == weight * num
+    total = Counter(row for rows in epochs for row in rows if row >= num)
+    assert total == dict.fromkeys(range(num, 2 * num), 4 * weight)
+
+
+def test_a_fraction_is_refused_where_shards_are_cached_and_names_that_are_not_there_are_ignored() -> None:
+    with pytest.raises(UserError, match=r"data.source_copies of a is 0.5; whole numbers are needed .*cache_dir"):
+        order_of(9, mix={"a": 0.5}, block_shards=2)
+    assert len(order_of(9, mix={"video": 3})) == 9

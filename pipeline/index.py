@@ -1,0 +1,339 @@
+"""The index of a version: what a reader needs of every sample, in one memory-mapped Arrow file a node.
+
+A manifest holds all that is known of an object (licences, quality, provenance); a reader needs where its bytes lie and
+how to check them, about 330 bytes of a sample of 32 views. Those columns are copied once a node into
+
+    <cache>/index/<version digest>-<layout>.arrow     Arrow IPC, record batches of ROWS_PER_BATCH rows
+
+    column       key    source  heldout  num_views  shard  offset  lengths      crc32s        layout
+    type         str    int16   bool     int16      int32  int64   list<int32>  list<uint32>  int16
+    metadata     source names, (sha256, bytes) of shards, (planes, codecs) of layouts, as JSON
+
+and mapped by every process that reads the version: ranks and workers share its pages, none holds a table of its own;
+lengths and checksums are read from it as they are needed.
+Rows keep the manifest's order, so a row number means the same everywhere. The file is made beside its name and renamed;
+a reader that finds it there uses it. The manifest itself is streamed to disk, checked against its digest, and read in
+batches, so that making the index of a million objects does not need their manifest in memory.
+
+Road not taken: shared memory segments. They have names that outlive crashed processes, and no page cache behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from obstore.exceptions import BaseError, NotFoundError
+
+from pipeline.manifest import manifest_key
+from pipeline.shard import DamagedDataError, MemberIndex, member_name, shard_key
+from pipeline.store import Store, StoreError
+from pipeline.types import UserError
+from pipeline.version import Version
+
+ROWS_PER_BATCH = 1 << 15
+LAYOUT = 1
+KEEP_S = 30 * 86400.0
+_NEEDED = ("uid", "key", "source", "status", "heldout", "num_views", "planes", "codecs", "shard_sha256", "shard_bytes",
+           "offset", "lengths", "crc32s")  # fmt: skip
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.int16()),
+        ("heldout", pa.bool_()),
+        ("num_views", pa.int16()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("lengths", pa.list_(pa.int32())),
+        ("crc32s", pa.list_(pa.uint32())),
+        ("layout", pa.int16()),
+    ]
+)
+
+
+def default_cache_dir() -> Path:
+    """Return the folder of what a node keeps between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrm-corpus"
+
+
+@dataclass(slots=True)
+class _Names:
+    """Numbers of values in the order they are first met."""
+
+    numbers: dict[Any, int] = field(default_factory=dict)
+
+    def number(self, value: Any) -> int:
+        return self.numbers.setdefault(value, len(self.numbers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One member of a sample in its shard: what to ask for, and what must come back. `position` 0 is the JSON."""
+
+    position: int
+    start: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """The lists of numbers of one record batch: offsets [n + 1] mapped, values read from the file where they are
+    needed.
+
+    Lengths and checksums are nine tenths of an index. Mapped, an epoch in random order would leave all of them resident
+    in every process; read, they stay in the page cache, once a node, for 2 us a list.
+    """
+
+    offsets: NDArray[np.int32]
+    start: int
+    kind: type[np.integer[Any]]
+
+    @classmethod
+    def of(cls, column: Any, base: int, kind: type[np.integer[Any]]) -> _Lists:
+        """Find the values of a list column in the file that is mapped at `base`."""
+        return cls(column.offsets.to_numpy(), column.buffers()[3].address - base, kind)
+
+    def read(self, descriptor: int, place: int) -> tuple[int, ...]:
+        """Return the list at a place."""
+        begin, end = self.offsets[place : place + 2].tolist()
+        data = os.pread(descriptor, 4 * (end - begin), self.start + 4 * begin)
+        return tuple(np.frombuffer(data, self.kind).tolist())
+
+
+class SampleIndex:
+    """The samples of a version by row. Numpy views of a mapped file: cheap to open, shared between processes.
+
+    Attributes:
+        sources: names of sources.
+        shards: (sha256, bytes) of every shard.
+        source: [n] int16, index into `sources`.
+        heldout: [n] bool.
+        num_views: [n] int16.
+        shard: [n] int32, index into `shards`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            base = source.read_buffer(8).address
+            table = pa.ipc.open_file(source).read_all()
+        self._file = path.open("rb", buffering=0)
+        metadata = {name.decode(): value for name, value in (table.schema.metadata or {}).items()}
+        self.sources: tuple[str, ...] = tuple(json.loads(metadata["sources"]))
+        self.shards: list[tuple[str, int]] = [(sha256, size) for sha256, size in json.loads(metadata["shards"])]
+        self._layouts = [(tuple(planes), tuple(codecs)) for planes, codecs in json.loads(metadata["layouts"])]
+        self._batches = table.to_batches()
+        self.source = self._column("source", np.int16)
+        self.num_views = self._column("num_views", np.int16)
+        self.shard = self._column("shard", np.int32)
+        self._layout = self._column("layout", np.int16)
+        flags = [batch.column("heldout").to_numpy(zero_copy_only=False) for batch in self._batches]
+        self.heldout: NDArray[np.bool_] = np.concatenate(flags) if flags else np.zeros(0, bool)
+        self._offsets = [batch.column("offset").to_numpy() for batch in self._batches]
+        self._lengths = [_Lists.of(batch.column("lengths"), base, np.int32) for batch in self._batches]
+        self._crc32s = [_Lists.of(batch.column("crc32s"), base, np.uint32) for batch in self._batches]
+
+    def _column(self, name: str, kind: type[np.integer[Any]]) -> NDArray[Any]:
+        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, kind)
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample."""
+        batch, place = divmod(row, ROWS_PER_BATCH)
+        return str(self._batches[batch].column("key")[place].as_py())
+
+    def shard_key(self, row: int) -> str:
+        """Return the key of the shard that holds a sample."""
+        return shard_key(self.shards[self.shard[row]][0])
+
+    def member_index(self, row: int) -> MemberIndex:
+        """Return where the members of a sample lie."""
+        batch, place = divmod(row, ROWS_PER_BATCH)
+        planes, codecs = self._layouts[self._layout[row]]
+        return MemberIndex(
+            planes=planes,
+            codecs=codecs,
+            num_views=int(self.num_views[row]),
+            offset=int(self._offsets[batch][place]),
+            lengths=self._lengths[batch].read(self._file.fileno(), place),
+            crc32s=self._crc32s[batch].read(self._file.fileno(), place),
+        )
+
+    def parts(self, row: int, views: Sequence[int], planes: Sequence[str] = ("rgba",)) -> list[Part]:
+        """Return the JSON of a sample, then the planes of these views in the order asked for."""
+        entry = self.member_index(row)
+        try:
+            places = [0, *(entry.position(view, plane) for view in views for plane in planes)]
+        except (IndexError, ValueError):
+            raise UserError(
+                f"sample {self.key(row)}: views {list(views)} with planes {list(planes)} are asked for; it has views "
+                f"0 to {entry.num_views - 1} with planes {list(entry.planes)}"
+            ) from None
+        starts = entry.offsets
+        return [Part(position=p, start=starts[p], length=entry.lengths[p], crc32=entry.crc32s[p]) for p in places]
+
+    def part_name(self, row: int, part: Part) -> str:
+        """Return the name of a member in its shard. Keys serve to name damage alone: their pages stay untouched."""
+        return member_name(self.key(row), part.position, self.member_index(row))
+
+    def num_bytes(self, row: int, views: Sequence[int], planes: Sequence[str] = ("rgba",)) -> int:
+        """Return the bytes that `parts` would ask for."""
+        return sum(part.length for part in self.parts(row, views, planes))
+
+
+def open_index(store: Store, version: Version, cache_dir: Path | None = None) -> SampleIndex:
+    """Map the index of a version, making it first if this node has none.
+
+    Args:
+        cache_dir: folder for it; default the node's cache.
+
+    Raises:
+        UserError: if the manifest is missing or differs from its digest.
+        DamagedDataError: if the manifest contradicts itself.
+    """
+    folder = (cache_dir or default_cache_dir()) / "index"
+    path = folder / f"{version.digest[:40]}-{LAYOUT}.arrow"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_old(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as scratch:
+            made = Path(scratch) / path.name
+            _make(store, version, made)
+            made.replace(path)
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return SampleIndex(path)
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove indexes that no reader opened for KEEP_S; those that are mapped stay readable all the same."""
+    for old in folder.glob("*.arrow"):
+        with contextlib.suppress(FileNotFoundError):
+            if old.stat().st_mtime < time.time() - KEEP_S:
+                old.unlink()
+
+
+def _make(store: Store, version: Version, path: Path) -> None:
+    manifest = path.with_suffix(".parquet")
+    _download(store, version, manifest)
+    write_index(_batches(manifest), version.tombstones, path)
+
+
+def _download(store: Store, version: Version, path: Path) -> None:
+    """Stream the manifest of a version to a file, checked against its digest."""
+    key, digest, count = manifest_key(version.manifest_sha256), hashlib.sha256(), 0
+    try:
+        with path.open("wb") as file:
+            for chunk in obstore.get(store.backend, key).stream(min_chunk_size=8 * 2**20):
+                digest.update(chunk)
+                count += file.write(chunk)
+    except (NotFoundError, FileNotFoundError):
+        raise UserError(
+            f"corpus {store.url}: the manifest of version {version.number} is missing; restore it"
+        ) from None
+    except (BaseError, OSError) as error:
+        raise StoreError(f"{store.url}: reading {key} failed: {str(error).splitlines()[0][:300]}") from error
+    if (digest.hexdigest(), count) != (version.manifest_sha256, version.manifest_bytes):
+        raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
+
+
+def _batches(manifest: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(manifest, memory_map=True, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=4096, columns=list(_NEEDED), use_threads=False)
+
+
+def write_index(batches: Iterator[pa.RecordBatch], tombstones: frozenset[str], path: Path) -> None:
+    """Write the index file of a manifest's rows: those of samples that are not withdrawn."""
+    names = {"sources": _Names(), "shards": _Names(), "layouts": _Names()}
+    waiting: list[pa.RecordBatch] = []
+    count = 0
+    # Arrow's metadata stands at the head of a file and the names are known at its end: rows first, then all in place.
+    rows = path.with_suffix(".rows")
+    with pa.OSFile(str(rows), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for batch in batches:
+            kept = _numbered(batch, tombstones, names)
+            waiting.append(kept)
+            count += kept.num_rows
+            if count >= ROWS_PER_BATCH:
+                waiting, count = _flush(writer, waiting, whole=False)
+        _flush(writer, waiting, whole=True)
+    metadata = {name: json.dumps(list(found.numbers)) for name, found in names.items()}
+    with (
+        pa.memory_map(str(rows)) as source,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA.with_metadata(metadata)) as writer,
+    ):
+        reader = pa.ipc.open_file(source)
+        for i in range(reader.num_record_batches):
+            writer.write_batch(reader.get_batch(i).replace_schema_metadata(metadata))
+    rows.unlink()
+
+
+def _flush(writer: Any, waiting: list[pa.RecordBatch], *, whole: bool) -> tuple[list[pa.RecordBatch], int]:
+    """Write the rows that fill batches of ROWS_PER_BATCH, all of them if `whole`; return what is left."""
+    table = pa.Table.from_batches(waiting, _SCHEMA).combine_chunks()
+    start = 0
+    while table.num_rows - start >= ROWS_PER_BATCH or (whole and start < table.num_rows):
+        piece = table.slice(start, ROWS_PER_BATCH).combine_chunks()
+        writer.write_batch(pa.RecordBatch.from_arrays([c.chunk(0) for c in _fresh(piece).columns], schema=_SCHEMA))
+        start += piece.num_rows
+    rest = _fresh(table.slice(start))
+    return rest.to_batches(), rest.num_rows
+
+
+def _fresh(table: pa.Table) -> pa.Table:
+    """Copy a slice, so that its lists begin at 0 and nothing larger is kept alive by it."""
+    return table.take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
+
+
+def _numbered(batch: pa.RecordBatch, tombstones: frozenset[str], names: Mapping[str, _Names]) -> pa.RecordBatch:
+    columns = {name: batch.column(name) for name in ("uid", "status", "source", "shard_sha256", "shard_bytes")}
+    status, uids = columns["status"].to_pylist(), columns["uid"].to_pylist()
+    keep = [i for i, (s, uid) in enumerate(zip(status, uids)) if s == "sample" and uid not in tombstones]
+    kept = batch.take(pa.array(keep, pa.int64()))
+    shards = zip(kept.column("shard_sha256").to_pylist(), kept.column("shard_bytes").to_pylist())
+    layouts = zip(kept.column("planes").to_pylist(), kept.column("codecs").to_pylist())
+    try:
+        arrays = {
+            "source": [names["sources"].number(source) for source in kept.column("source").to_pylist()],
+            "shard": [names["shards"].number(shard) for shard in shards],
+            "layout": [names["layouts"].number((tuple(planes), tuple(codecs))) for planes, codecs in layouts],
+        }
+        out = [pa.array(arrays[f.name], f.type) if f.name in arrays else kept.column(f.name).cast(f.type)
+               for f in _SCHEMA]  # fmt: skip
+        made = pa.RecordBatch.from_arrays(out, schema=_SCHEMA)
+        _check(made, names["layouts"])
+    except (TypeError, pa.ArrowException) as error:
+        raise DamagedDataError(f"manifest holds a sample without a usable member index: {error}") from None
+    return made
+
+
+def _check(batch: pa.RecordBatch, layouts: _Names) -> None:
+    widths = np.array([len(planes) for planes, _ in layouts.numbers], np.int64)
+    if not batch.num_rows:
+        return
+    wanted = 1 + batch.column("num_views").to_numpy() * widths[batch.column("layout").to_numpy()]
+    for name in ("lengths", "crc32s"):
+        found = np.diff(batch.column(name).offsets.to_numpy())
+        if (found != wanted).any():
+            row = int(np.flatnonzero(found != wanted)[0])
+            raise DamagedDataError(
+                f"manifest: sample {batch.column('key')[row].as_py()} has {found[row]} {name}; its views need "
+                f"{wanted[row]}"
+            )

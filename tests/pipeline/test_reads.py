@@ -1,0 +1,232 @@
+"""The index of a version and ranged reads: from a plain web server, slow, cut, and of a million objects."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.reader import DamagedDataError, VersionReader
+from pipeline.receipt import member_index
+from pipeline.shard_reads import join_spans
+from pipeline.store import StoreError
+from pipeline.types import UserError
+from tests.lrm.conftest import build_corpus
+
+
+class WebServer(ThreadingHTTPServer):
+    """A static file server with ranges, as nginx or a CDN is one, that can answer slowly or cut a body."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.log: list[tuple[str, str, str]] = []
+        self.slow: dict[str, float] = {}  # seconds the first request of a range of a shard takes
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/data"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WebServer
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range", "")
+        self.server.log.append((self.command, self.path, asked))
+        path = self.server.root / self.path.removeprefix("/data/")
+        if not path.is_file():
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, status = path.read_bytes(), 200
+        total = len(data)
+        if found := re.fullmatch(r"bytes=(\d+)-(\d+)", asked):
+            start, end = int(found[1]), min(int(found[2]), total - 1)
+            status, data = (206, data[start : end + 1]) if start < total else (416, b"")
+        if asked and self.server.slow:
+            time.sleep(self.server.slow.pop(asked, 0.0) or self.server.slow.pop("any", 0.0))
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(build_corpus(tmp_path_factory.mktemp("web"), num_objects=9, num_views=6, size_px=64))
+
+
+@pytest.fixture
+def server(corpus: Path) -> Iterator[WebServer]:
+    web = WebServer(corpus)
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+def test_a_version_is_read_from_a_plain_web_server_without_listing(server: WebServer, corpus: Path) -> None:
+    web, local = VersionReader.open(server.url), VersionReader.open(str(corpus))
+    assert web.digest == local.digest
+    for row in range(len(local)):
+        a, b = web.read_views(row, [5, 0, 2]), local.read_views(row, [5, 0, 2])
+        assert (a.key, a.planes, a.json_bytes) == (b.key, b.planes, b.json_bytes)
+        assert (a.cameras[1].world_from_camera == b.header.cameras[0].world_from_camera).all()
+    files = {str(path.relative_to(corpus)) for path in corpus.rglob("*") if path.is_file()}
+    asked = {path.removeprefix("/data/") for method, path, _ in server.log if method == "GET"}
+    assert asked <= files, "only files by their names"
+    ranged = [header for _, path, header in server.log if "shards/" in path]
+    assert ranged
+    assert all(ranged), "no shard was read whole"
+    assert web.stats.num_wire_bytes <= 1.15 * sum(web.request(r, [5, 0, 2]).num_bytes for r in range(len(web)))
+    web.close()
+    local.close()
+
+
+def test_a_web_server_is_never_written(server: WebServer) -> None:
+    from pipeline.store import open_store
+
+    with pytest.raises(UserError, match="cannot be reached or written"):
+        open_store(server.url).probe()
+
+
+def test_a_slow_answer_is_asked_for_again(server: WebServer) -> None:
+    reader = VersionReader.open(server.url)
+    len(reader)
+    server.slow["any"] = 20.0
+    begun = time.perf_counter()
+    reader.read_views(0, [1])
+    assert time.perf_counter() - begun < 10
+    assert reader.stats.num_hedged == 1
+    reader.close()
+
+
+def test_a_cut_shard_on_a_server_is_damage_and_an_unreachable_server_is_not(tmp_path: Path) -> None:
+    corpus = Path(build_corpus(tmp_path, num_objects=4, num_views=6, size_px=64))
+    web = WebServer(corpus)
+    reader = VersionReader.open(web.url)
+    path = next((corpus / "shards").iterdir())
+    size = path.stat().st_size
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.truncate(size // 2)
+    message = rf"sample ball-\d: shard shards/{path.name} is cut: it has {size // 2} of {size} bytes"
+    with pytest.raises(DamagedDataError, match=message):
+        reader.read_views(3, [5])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"there is no shards/{path.name}"):
+        reader.read_views(3, [5])
+    with pytest.raises(StoreError, match="there is no"):
+        reader.read_views(3, [5])
+    reader.close()
+    web.shutdown()
+    web.server_close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), min_size=1, max_size=8), st.integers(0, 30))
+def test_joined_spans_cover_the_ranges_and_bridge_small_gaps_alone(ranges: list[tuple[int, int]], gap: int) -> None:
+    spans = join_spans([start for start, _ in ranges], [length for _, length in ranges], gap)
+    assert all(any(b <= start and start + length <= e for b, e in spans) for start, length in ranges)
+    assert all(second[0] - first[1] > gap for first, second in itertools.pairwise(spans))
+    needed = {place for start, length in ranges for place in range(start, start + length)}
+    for begin, end in spans:
+        idle = 0
+        for place in range(begin, end):
+            idle = 0 if place in needed else idle + 1
+            assert idle <= gap
+
+
+def test_the_index_says_what_the_manifest_says(corpus: Path) -> None:
+    reader = VersionReader.open(str(corpus))
+    for row, record in enumerate(reader.rows.to_pylist()):
+        assert reader.index.key(row) == record["key"]
+        assert reader.index.member_index(row) == member_index(record)
+        assert reader.index.shard_key(row) == f"shards/{record['shard_sha256']}.tar"
+        assert reader.index.sources[reader.index.source[row]] == record["source"]
+    with pytest.raises(UserError, match=r"views \[6\] .* it has views 0 to 5 with planes \['rgba'\]"):
+        reader.read_views(0, [6])
+    with pytest.raises(UserError, match=r"planes \['depth'\]"):
+        reader.read_views(0, [0], ["depth"])
+
+
+MILLION = """
+import sys
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from pipeline.index import _SCHEMA, _NEEDED, SampleIndex, write_index
+NUM, STEP = 1_000_000, 50_000
+
+def batches():
+    rng, ends = np.random.default_rng(0), np.arange(STEP + 1, dtype=np.int32) * 33
+    for first in range(0, NUM, STEP):
+        names = pa.array([f"{i:032x}" for i in range(first, first + STEP)])
+        lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(rng.integers(1, 10**5, 33 * STEP).astype(kind)))
+                 for kind in (np.int32, np.uint32)]
+        same = lambda value, kind=None: pa.array([value] * STEP, kind)
+        columns = {"uid": names, "key": names, "source": same("s"), "status": same("sample"), "heldout": same(False),
+                   "num_views": same(32, pa.int32()), "planes": same(["rgba"]), "codecs": same(["webp"]),
+                   "shard_sha256": pa.array([f"{i // 64:064x}" for i in range(first, first + STEP)]),
+                   "shard_bytes": same(10**8), "offset": same(512), "lengths": lists[0], "crc32s": lists[1]}
+        yield pa.RecordBatch.from_arrays([columns[name] for name in _NEEDED], names=list(_NEEDED))
+
+write_index(batches(), frozenset(), Path(sys.argv[1]))
+"""
+
+READ = """
+import sys
+from pathlib import Path
+import psutil
+from lrm.order import SampleOrder
+from pipeline.index import SampleIndex
+before = psutil.Process().memory_full_info()
+index = SampleIndex(Path(sys.argv[1]))
+order = SampleOrder.build(sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
+                          num_views=index.num_views, views_per_sample=4, seed=0, block_shards=int(sys.argv[2]))
+rows = set()
+for position in range(5000):
+    draw = order.draw(position * 199)
+    rows.add(draw.row)
+    index.parts(draw.row, draw.views)
+after = psutil.Process().memory_full_info()
+print(len(order), len(rows), after.uss - before.uss, after.rss - before.rss)
+"""
+
+
+def test_a_million_objects_cost_a_process_little_memory(tmp_path: Path) -> None:
+    """Two processes read one index: all that they keep resident, shared pages too, is small."""
+    path = tmp_path / "million.arrow"
+    subprocess.run([sys.executable, "-c", MILLION, str(path)], check=True)
+    assert path.stat().st_size < 350e6
+    running = [
+        subprocess.Popen([sys.executable, "-c", READ, str(path), blocks], stdout=subprocess.PIPE, text=True)
+        for blocks in ("0", "8")
+    ]
+    for process in running:
+        num, different, _, resident = map(int, process.communicate(timeout=120)[0].split())
+        assert (num, different) == (1_000_000, 5000)
+        assert resident < 150e6
