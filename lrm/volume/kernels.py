@@ -41,7 +41,7 @@ def _stored(x, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
     elif PRECISION == "bf16-emulated":
-        return x.to(tl.bfloat16).to(tl.float32)
+        return x.to(tl.bfloat16, fp_downcast_rounding="rtne").to(tl.float32)
     else:
         return x
 
@@ -162,17 +162,47 @@ def _column(matrix, column, index: tl.constexpr):
 
 
 @triton.jit
-def _layers(hidden, weights, biases, NUM_HIDDEN: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the activations [M, WIDTH] after the folded layer and after each hidden one, as products take them."""
+def _packed_signs(x, WIDTH: tl.constexpr):
+    """Return which elements of x [M, WIDTH] are positive, 8 to an integer, as `_unpacked_signs` reads them.
+
+    A thread of the tensor cores' layout holds columns 8k, 8k + 1 of several k: it packs its own, without exchange. Kept
+    as numbers, the signs of 9 activations would fill half of the registers.
+    """
+    K: tl.constexpr = min(4, WIDTH // 8)
+    split: tl.constexpr = [x.shape[0], WIDTH // (8 * K), K, 4, 2]
+    place = tl.arange(0, K)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
+    bits = tl.where(tl.reshape(x, split) > 0, 1 << place[None, None], 0)
+    return tl.sum(tl.sum(bits, 4), 2)
+
+
+@triton.jit
+def _unpacked_signs(bits, WIDTH: tl.constexpr):
+    K: tl.constexpr = min(4, WIDTH // 8)
+    place = tl.arange(0, K)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
+    return tl.reshape((bits[:, :, None, :, None] >> place[None, None]) & 1, [bits.shape[0], WIDTH]) != 0
+
+
+@triton.jit
+def _matrices(weights, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return COUNT matrices [out, in] of weights [COUNT, WIDTH, WIDTH]; loaded once, the compiler keeps them shared."""
     channel = tl.arange(0, WIDTH)
-    square = channel[:, None] * WIDTH + channel[None, :]
+    out = ()
+    for layer in tl.static_range(COUNT):
+        out = out + (tl.load(weights + layer * WIDTH * WIDTH + channel[:, None] * WIDTH + channel[None, :]),)
+    return out
+
+
+@triton.jit
+def _layers(hidden, matrices, biases, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the activations [M, WIDTH] after the folded layer and after each hidden one, and their packed signs."""
     kept = (_stored(tl.maximum(hidden, 0.0), PRECISION),)
-    for layer in tl.static_range(NUM_HIDDEN):
-        weight = tl.load(weights + layer * WIDTH * WIDTH + square)  # [out, in]
-        bias = tl.load(biases + layer * WIDTH + channel)
-        z = tl.dot(kept[layer], tl.trans(weight), input_precision="ieee") + bias[None, :]
+    signs = (_packed_signs(hidden, WIDTH),)
+    for layer in tl.static_range(len(matrices)):
+        bias = tl.load(biases + layer * WIDTH + tl.arange(0, WIDTH))
+        z = tl.dot(kept[layer], tl.trans(matrices[layer]), input_precision="ieee") + bias[None, :]
         kept = kept + (_stored(tl.maximum(z, 0.0), PRECISION),)
-    return kept
+        signs = signs + (_packed_signs(z, WIDTH),)
+    return kept, signs
 
 
 @triton.jit
@@ -190,7 +220,7 @@ def _places(first_step, near, length, ray, num_samples, seed_low, seed_high, STE
 @triton.jit
 def forward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
-    tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high,
+    tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
     NUM_HIDDEN: tl.constexpr, WIDTH: tl.constexpr, RAYS: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr,
     JITTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -216,6 +246,7 @@ def forward_kernel(
     px, py, pz, qx, qy, qz, row_near, row_length = _load_rays(origins, directions, row_ray, row_real)
     end = tl.where(tl.max(length, 0) > 0, num_samples, 0)  # nothing is done for a tile that misses the box
 
+    matrices = _matrices(weights, NUM_HIDDEN, WIDTH)
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
     out_biases = tl.load(out_bias + column)
     depth = tl.zeros([RAYS], tl.float32)
@@ -231,7 +262,7 @@ def forward_kernel(
         hidden = _sample_plane(hidden, planes, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
         hidden = _sample_plane(hidden, planes + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
         hidden = _sample_plane(hidden, planes + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-        kept = _layers(hidden, weights, biases, NUM_HIDDEN, WIDTH, PRECISION)
+        kept, signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
         raw = tl.dot(kept[NUM_HIDDEN], tl.trans(out_weights), input_precision="ieee") + out_biases[None, :]
 
         density = _softplus(_column(raw, column, 3) + density_bias)
@@ -252,14 +283,10 @@ def _values(raw, t, column):
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return COUNT matrices [ROWS, COLUMNS], or vectors [COLUMNS] where ROWS is 0."""
+def _zeros(COUNT: tl.constexpr, WIDTH: tl.constexpr):
     out = ()
     for _ in tl.static_range(COUNT):
-        if ROWS == 0:
-            out = out + (tl.zeros([COLUMNS], tl.float32),)
-        else:
-            out = out + (tl.zeros([ROWS, COLUMNS], tl.float32),)
+        out = out + (tl.zeros([WIDTH, WIDTH], tl.float32),)
     return out
 
 
@@ -267,7 +294,7 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def backward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums, grad_sums,
     grad_planes, grad_weights, grad_biases, grad_out_weight, grad_out_bias,
-    tiles, num_tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high,
+    tiles, num_tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
     NUM_HIDDEN: tl.constexpr, WIDTH: tl.constexpr, RAYS: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr,
     JITTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -279,10 +306,11 @@ def backward_kernel(
     column, channel = tl.arange(0, 16), tl.arange(0, WIDTH)
     square = channel[:, None] * WIDTH + channel[None, :]
     area = resolution * resolution * WIDTH
+    matrices = _matrices(weights, NUM_HIDDEN, WIDTH)
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
     out_biases = tl.load(out_bias + column)
-    d_weights = _zeros(NUM_HIDDEN, WIDTH, WIDTH)
-    d_biases = _zeros(NUM_HIDDEN, 0, WIDTH)
+    d_weights = _zeros(NUM_HIDDEN, WIDTH)
+    own_biases = grad_biases + tl.program_id(0) * NUM_HIDDEN * WIDTH
     d_out_weight = tl.zeros([16, WIDTH], tl.float32)
     d_out_bias = tl.zeros([16], tl.float32)
 
@@ -320,7 +348,7 @@ def backward_kernel(
             hidden = _sample_plane(hidden, plane, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
             hidden = _sample_plane(hidden, plane + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
             hidden = _sample_plane(hidden, plane + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-            kept = _layers(hidden, weights, biases, NUM_HIDDEN, WIDTH, PRECISION)
+            kept, signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
             raw = tl.dot(kept[NUM_HIDDEN], tl.trans(out_weights), input_precision="ieee") + out_biases[None, :]
 
             shifted = _column(raw, column, 3) + density_bias
@@ -342,17 +370,16 @@ def backward_kernel(
             d_raw = _stored(d_raw, PRECISION)
             d_out_weight = tl.dot(tl.trans(d_raw), kept[NUM_HIDDEN], d_out_weight, input_precision="ieee")
             d_hidden = tl.dot(d_raw, out_weights, input_precision="ieee")
-            new_weights, new_biases = (), ()
+            new_weights = ()
             for back in tl.static_range(NUM_HIDDEN):
-                d_z = tl.where(kept[NUM_HIDDEN - back] > 0, d_hidden, 0.0)
-                new_biases = new_biases + (d_biases[back] + tl.sum(d_z, 0),)
+                d_z = tl.where(_unpacked_signs(signs[NUM_HIDDEN - back], WIDTH), d_hidden, 0.0)
+                tl.atomic_add(own_biases + (NUM_HIDDEN - 1 - back) * WIDTH + channel, tl.sum(d_z, 0), sem="relaxed")
                 d_z = _stored(d_z, PRECISION)
                 d_weight = tl.dot(tl.trans(d_z), kept[NUM_HIDDEN - 1 - back], d_weights[back], input_precision="ieee")
                 new_weights = new_weights + (d_weight,)
-                weight_of = tl.load(weights + (NUM_HIDDEN - 1 - back) * WIDTH * WIDTH + square)
-                d_hidden = tl.dot(d_z, weight_of, input_precision="ieee")
-            d_weights, d_biases = new_weights, new_biases  # the last layer's first
-            d_first = _stored(tl.where(kept[0] > 0, d_hidden, 0.0), PRECISION)
+                d_hidden = tl.dot(d_z, matrices[NUM_HIDDEN - 1 - back], input_precision="ieee")
+            d_weights = new_weights  # the last layer's first
+            d_first = _stored(tl.where(_unpacked_signs(signs[0], WIDTH), d_hidden, 0.0), PRECISION)
             grads = grad_planes + item_offset
             _scatter_plane(d_first, grads, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
             _scatter_plane(d_first, grads + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
@@ -361,6 +388,5 @@ def backward_kernel(
     for back in tl.static_range(NUM_HIDDEN):
         layer = NUM_HIDDEN - 1 - back
         tl.atomic_add(grad_weights + layer * WIDTH * WIDTH + square, d_weights[back], sem="relaxed")
-        tl.atomic_add(grad_biases + layer * WIDTH + channel, d_biases[back], sem="relaxed")
     tl.atomic_add(grad_out_weight + column[:, None] * WIDTH + channel[None, :], d_out_weight, sem="relaxed")
     tl.atomic_add(grad_out_bias + column, d_out_bias, sem="relaxed")
