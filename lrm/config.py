@@ -77,8 +77,11 @@ class VolumeConfig(BaseModel):
     samples_per_ray: int = Field(ge=2, description="paper 128")
     density_bias: float = Field(-1.0, description="density = softplus(raw + bias): a thin fog at the start, not a wall")
     jitter: bool = Field(True, description="in training, draw each sample inside its interval instead of at its middle")
+    renderer: Literal["auto", "reference", "fused"] = Field(
+        "auto", description="auto takes the fused one on a GPU under bf16, and the reference elsewhere"
+    )
     chunk_rays: int = Field(
-        0, ge=0, description="rays rendered at a time and recomputed in the backward pass; 0 keeps all activations"
+        0, ge=0, description="rays of the reference rendered at a time, again in the backward pass; 0 renders all once"
     )
 
 

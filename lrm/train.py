@@ -52,6 +52,9 @@ from pipeline.version import parse_version
 
 log = logging.getLogger(__name__)
 
+FREE_MODEL_SETTINGS = ("model.volume.renderer", "model.volume.chunk_rays")
+"""Settings of the model that say how it is computed, not what it is; a resumed run may change them."""
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on: too many steps without a finite gradient."""
@@ -162,13 +165,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         on_device = {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
-        generator = None
+        jitter = None
         if self.config.model.volume.jitter:
-            generator = torch.Generator().manual_seed(derive_seed("rays", train.seed, self.step, self.ranks.rank))
+            jitter = derive_seed("rays", train.seed, self.step, self.ranks.rank)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             rendered = self.wrapped(
                 on_device["input_image"], on_device["input_camera"], on_device["target_world_from_camera"],
-                on_device["target_intrinsics"], self.config.data.patch_px, generator,
+                on_device["target_intrinsics"], self.config.data.patch_px, jitter,
             )  # fmt: skip
         loss = mse_loss(rendered.rgb, on_device["target_rgb"])
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +206,7 @@ def _check_same_run(saved: State, config: RunConfig, version_digest: str) -> Non
         )
     old, new = _flat(saved["config"]), _flat(config.model_dump(mode="json"))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    fixed = [name for name in changed if name.startswith("model.")]
+    fixed = [name for name in changed if name.startswith("model.") and name not in FREE_MODEL_SETTINGS]
     if fixed:
         first = fixed[0]
         raise UserError(

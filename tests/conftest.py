@@ -19,6 +19,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Ray 2.60 and others phone home unless told otherwise; tests need no network.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+# Without a GPU, Triton's kernels are run by its interpreter, which it must be told before it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_assets() -> Path:

@@ -37,11 +37,12 @@ from torch.autograd.function import once_differentiable
 from lrm.volume.reference import RadianceField, Rendered, split_seed
 
 Precision = Literal["bf16", "fp32"]
-MIN_WIDTH, MAX_WIDTH = 16, 64
+WIDTHS = (16, 32, 64)
 TILE_ROWS, TILE_COLUMNS = 4, 4
 """A tile's rays are 4 x 4 neighbouring pixels, so that its samples lie within few texels of each plane."""
 STEPS = 4
 WINDOW_SIDE = 4
+FORWARD_WARPS, BACKWARD_WARPS, NUM_STAGES = 4, 8, 2
 
 
 def refusal(field: torch.nn.Module, device: torch.device) -> str | None:
@@ -58,9 +59,20 @@ def refusal(field: torch.nn.Module, device: torch.device) -> str | None:
     if not isinstance(field, RadianceField):
         return "the field is not a RadianceField"
     width = field.layers[0].out_features
-    if width not in (16, 32, 64):
-        return f"the MLP's width is {width}, and 16, 32 and 64 are built"
+    if width not in WIDTHS:
+        return f"the MLP's width is {width}, and {WIDTHS} are built"
+    num_hidden = len(field.layers) - 2
+    needed = shared_bytes(num_hidden, width)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if needed > there:
+            return f"{num_hidden + 2} layers of {width} need {needed} bytes of shared memory, and this GPU has {there}"
     return None
+
+
+def shared_bytes(num_hidden: int, width: int) -> int:
+    """Return the shared memory that the backward kernel needs at most: weights, activations of a tile, and the rest."""
+    return 4 * num_hidden * width**2 + 12288
 
 
 def render_rays(
@@ -159,7 +171,7 @@ class _Fused(torch.autograd.Function):
             kernels.forward_kernel[(batch * tiles,)](
                 planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
                 tiles, num_rays, *_arguments(planes, settings), **_constants(planes, weights, settings),
-                num_warps=4, num_stages=2,
+                num_warps=FORWARD_WARPS, num_stages=NUM_STAGES,
             )  # fmt: skip
         return sums
 
@@ -176,13 +188,16 @@ class _Fused(torch.autograd.Function):
         tiles = order.numel() // (TILE_ROWS * TILE_COLUMNS)
         grads = [torch.zeros_like(tensor) for tensor in tensors]
         num_tiles = batch * tiles
+        num_programs = min(num_tiles, _num_programs(planes.device))
+        grads[2] = biases.new_zeros(num_programs, *biases.shape)
         if num_tiles:
-            kernels.backward_kernel[(min(num_tiles, _num_programs(planes.device)),)](
+            kernels.backward_kernel[(num_programs,)](
                 planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
                 grad_sums.float().contiguous(), *grads,
                 tiles, num_tiles, num_rays, *_arguments(planes, ctx.settings),
-                **_constants(planes, weights, ctx.settings), num_warps=8, num_stages=2,
+                **_constants(planes, weights, ctx.settings), num_warps=BACKWARD_WARPS, num_stages=NUM_STAGES,
             )  # fmt: skip
+        grads[2] = grads[2].sum(0)
         return None, None, *grads
 
 
@@ -203,7 +218,7 @@ def _operands(tensors: Sequence[Tensor], precision: Precision) -> list[Tensor]:
 def _arguments(planes: Tensor, settings: Any) -> tuple[int | float, ...]:
     num_samples, density_bias, jitter, _ = settings
     low, high = split_seed(jitter or 0)
-    return num_samples, planes.shape[2], density_bias, low, high
+    return num_samples, planes.shape[2], density_bias, low, high, 0
 
 
 def _constants(planes: Tensor, weights: Tensor, settings: Any) -> dict[str, Any]:

@@ -41,7 +41,9 @@ def _stored(x, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
     elif PRECISION == "bf16-emulated":
-        return x.to(tl.bfloat16, fp_downcast_rounding="rtne").to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even, as a GPU does and the interpreter does not
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         return x
 
@@ -217,7 +219,7 @@ def _places(first_step, near, length, ray, num_samples, seed_low, seed_high, STE
     return near + (step.to(tl.float32) + offset) * (length / num_samples), step < num_samples
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero"])
 def forward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
     tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
@@ -227,7 +229,8 @@ def forward_kernel(
     """Sum samples along the rays of one tile: sums [B, num_rays, NUM_SUMS], which is zero before.
 
     planes [B, 3, R, R, WIDTH], weights [NUM_HIDDEN, WIDTH, WIDTH], out_weight [16, WIDTH] of which 4 rows count,
-    origins and directions [B, num_rays, 3], order [tiles * RAYS] the rays of each tile, -1 for none.
+    origins and directions [B, num_rays, 3], order [tiles * RAYS] the rays of each tile, -1 for none. zero is 0, unknown
+    to the compiler, which would otherwise load all biases before the loop and fill the registers with them.
     """
     M: tl.constexpr = RAYS * STEPS
     index, item = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -290,7 +293,7 @@ def _zeros(COUNT: tl.constexpr, WIDTH: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero"])
 def backward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums, grad_sums,
     grad_planes, grad_weights, grad_biases, grad_out_weight, grad_out_bias,
@@ -300,7 +303,9 @@ def backward_kernel(
 ):  # fmt: skip
     """Add the gradients of grad_sums [B, num_rays, NUM_SUMS] to those of planes and MLP, all float32 and zero before.
 
-    Shapes as in `forward_kernel`. A program takes every num_programs-th of the num_tiles = B * tiles tiles.
+    As in `forward_kernel`; and grad_biases is [num_programs, NUM_HIDDEN, WIDTH], a row a program to be summed later,
+    since the sums over a tile would be 2 more registers a channel and layer. A program takes every num_programs-th of
+    the num_tiles = B * tiles tiles.
     """
     M: tl.constexpr = RAYS * STEPS
     column, channel = tl.arange(0, 16), tl.arange(0, WIDTH)
