@@ -14,6 +14,7 @@ ARGS   ?=
 TESTS  ?= tests
 JSON   ?=
 SET    ?=
+WEIGHTS ?=
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -24,7 +25,7 @@ flags_json = $(if $(JSON),--json)
 CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan render calibrate bench-render publish status report train test lint format s3-up clean
+.PHONY: help setup demo plan render calibrate bench-render publish status report train weights bench-train test lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,12 @@ report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=
 
 train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
 	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
+
+weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
+	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')
+
+bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers on this machine [ARGS="--preset small"]
+	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
 	$(BIN)/python -m pytest $(TESTS)

@@ -137,7 +137,8 @@ class TrainConfig(BaseModel):
     beta2: float = Field(0.95, ge=0, lt=1, description="paper 0.95")
     weight_decay: float = Field(0.05, ge=0, description="not on biases and norms; paper 0.05")
     max_grad_norm: float = Field(1.0, gt=0, description="paper 1.0")
-    lpips_weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; paper 2.0; only 0 is built yet")
+    lpips_weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; paper 2.0")
+    lpips_path: str = Field("", description="file made by `make weights`; empty takes where that writes by default")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay a step of averaged weights; 0 keeps none")
     precision: Literal["fp32", "bf16"] = Field(description="paper bf16")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -149,12 +150,6 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(ge=1, description="newest checkpoints kept")
     log_every_steps: int = Field(ge=1)
     max_skipped_steps: int = Field(100, ge=0, description="steps without a finite gradient before the run stops")
-
-    @model_validator(mode="after")
-    def _built(self) -> TrainConfig:
-        if self.lpips_weight != 0:
-            raise ValueError(f"lpips_weight {self.lpips_weight}: the perceptual loss is not built yet; set it to 0")
-        return self
 
 
 class RunConfig(BaseModel):
