@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrm.config import TrainConfig
-from lrm.encoder import IMAGE_MEAN, IMAGE_STD
 from pipeline.types import UserError
 
 LPIPS_NAME = "lpips-vgg16.safetensors"
@@ -41,6 +40,9 @@ SOURCES = {"vgg16_sha256": VGG16_SHA256, "lpips_sha256": LPIPS_SHA256}
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """VGG16: channels and convolutions of each block; a pooling of 2 stands between blocks."""
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet statistics, which VGG16 was trained with."""
 
 
 def mse_loss(rendered: Tensor, target: Tensor) -> Tensor:
