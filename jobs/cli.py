@@ -228,7 +228,9 @@ def train(
 
 @command
 def weights(
-    out: Annotated[Path | None, typer.Option(help="file to write; training looks in the cache folder by default")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; training looks in the cache folder by default")
+    ] = None,
 ) -> None:
     """Fetch and verify the published weights of the perceptual loss (553 MB, once)."""
     from jobs.weights import make_weights

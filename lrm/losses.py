@@ -91,7 +91,7 @@ class Lpips(nn.Module):
         return out
 
     def forward(self, rendered: Tensor, target: Tensor) -> Tensor:
-        """Return the distance [...] of images [..., 3, H, W] in [0, 1], at least 16 px wide; target gets no gradient."""
+        """Return the distance [...] of images [..., 3, H, W] in [0, 1], 16 px at least; target gets no gradient."""
         lead = rendered.shape[:-3]
         ours = self._activations(rendered.flatten(0, -4))
         with torch.no_grad():

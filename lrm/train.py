@@ -3,10 +3,10 @@
     python -m lrm.train --corpus FOLDER_OR_URL --version latest --config tiny --out runs/a --set train.steps=100
     torchrun --nproc-per-node 8 -m lrm.train --config paper ...
 
-One step: a batch of the rank, triplanes, V patches an object, MSE and LPIPS, backward, clip, AdamW. Everything random is a
-function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on from
-its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop; a
-second one stops at once.
+One step: a batch of the rank, triplanes, V patches an object, MSE and LPIPS, backward, clip, AdamW. Everything random
+is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on
+from its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop;
+a second one stops at once.
 
 A step whose gradient is not finite changes nothing, is counted, and past `max_skipped_steps` ends the run. The decision
 falls after the gradients are averaged, so all ranks take it alike. Ranks share `out_dir`; the first one writes.

@@ -92,6 +92,6 @@ class _Deferred(torch.autograd.Function):
             found = torch.autograd.grad(values, wanted, value_grads, allow_unused=True)
             for total, grad in zip(totals, found):
                 if grad is not None:
-                    total += grad
+                    total.add_(grad)
         given = iter(totals)
         return None, *(next(given) if tensor.requires_grad else None for tensor in (leaf, *parameters))

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrm.volume.reference import RadianceField, Rendered, split_seed
@@ -58,16 +58,21 @@ def refusal(field: torch.nn.Module, device: torch.device) -> str | None:
         return "it needs a GPU of compute capability 8.0 or later"
     if not isinstance(field, RadianceField):
         return "the field is not a RadianceField"
-    width = field.layers[0].out_features
+    width = _linears(field)[0].out_features
     if width not in WIDTHS:
         return f"the MLP's width is {width}, and {WIDTHS} are built"
     num_hidden = len(field.layers) - 2
     needed = shared_bytes(num_hidden, width)
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)
+        there = properties.shared_memory_per_block_optin
         if needed > there:
             return f"{num_hidden + 2} layers of {width} need {needed} bytes of shared memory, and this GPU has {there}"
     return None
+
+
+def _linears(field: RadianceField) -> list[nn.Linear]:
+    return [layer for layer in field.layers if isinstance(layer, nn.Linear)]
 
 
 def shared_bytes(num_hidden: int, width: int) -> int:
@@ -112,7 +117,7 @@ def render_rays(
         raise ValueError(f"the fused renderer cannot be used: {reason}; use lrm.volume.reference")
     order = _tile_order(origins.shape[1], image_px or (1, origins.shape[1]), planes.device)
     with torch.autocast(planes.device.type, enabled=False):
-        first, *hidden, last = field.layers
+        first, *hidden, last = _linears(field)
         folded = fold_first_layer(planes.float(), first.weight.float(), first.bias.float())
         width = first.out_features
         weights = torch.stack([layer.weight for layer in hidden]) if hidden else planes.new_zeros(0, width, width)
@@ -134,7 +139,7 @@ def fold_first_layer(planes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: [W, 3C].
         bias: [W]; it goes into the first plane.
     """
-    by_plane = weight.unflatten(1, (3, -1))  # [W, 3, C]
+    by_plane = weight.reshape(len(weight), 3, -1)  # [W, 3, C]
     folded = torch.einsum("bkcyx,wkc->bkyxw", planes, by_plane)
     return folded + torch.stack([bias, torch.zeros_like(bias), torch.zeros_like(bias)])[:, None, None]
 
@@ -148,7 +153,8 @@ def _tile_order(num_rays: int, image_px: tuple[int, int], device: torch.device) 
     high, wide = (TILE_ROWS, TILE_COLUMNS) if rows >= TILE_ROWS else (1, TILE_ROWS * TILE_COLUMNS)
     rays = torch.arange(num_rays, dtype=torch.int32).reshape(-1, rows, columns)
     padded = F.pad(rays, (0, -columns % wide, 0, -rows % high), value=-1)
-    tiles = padded.unflatten(2, (-1, wide)).unflatten(1, (-1, high))  # [pictures, down, high, across, wide]
+    pictures, down, across = len(padded), padded.shape[1] // high, padded.shape[2] // wide
+    tiles = padded.reshape(pictures, down, high, across, wide)
     return tiles.permute(0, 1, 3, 2, 4).reshape(-1).to(device)
 
 

@@ -219,6 +219,47 @@ def _places(first_step, near, length, ray, num_samples, seed_low, seed_high, STE
     return near + (step.to(tl.float32) + offset) * (length / num_samples), step < num_samples
 
 
+@triton.jit
+def _load_tile(origins, directions, order, tile, tiles, num_rays, RAYS: tl.constexpr, STEPS: tl.constexpr):
+    """Return a tile's rays [RAYS], which are real, the same of its rows [M], and what `_load_rays` gives of both."""
+    index, item = tile % tiles, tile // tiles
+    ray = tl.load(order + index * RAYS + tl.arange(0, RAYS))
+    row_ray = tl.load(order + index * RAYS + tl.arange(0, RAYS * STEPS) // STEPS)
+    real, row_real = ray >= 0, row_ray >= 0
+    ray += item * num_rays
+    row_ray += item * num_rays
+    rays = _load_rays(origins, directions, ray, real)
+    rows = _load_rays(origins, directions, row_ray, row_real)
+    return ray, real, row_ray, row_real, rays, rows
+
+
+@triton.jit
+def _sample_tile(
+    planes, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr, JITTER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sample planes [3, R, R, WIDTH] at the rows of a tile's steps from `first` on.
+
+    Returns:
+        the sum of the three samples [M, WIDTH], distances [M], which rows are samples [M], places in texels along x, y
+        and z [M] each, and the first and last texel along each.
+    """
+    ox, oy, oz, dx, dy, dz, near, length = rays
+    px, py, pz, qx, qy, qz, row_near, row_length = rows
+    enter, leave = near + first * (length / num_samples), near + (first + STEPS) * (length / num_samples)
+    x0, x1 = _bounds(ox, dx, enter, leave, length > 0, resolution)
+    y0, y1 = _bounds(oy, dy, enter, leave, length > 0, resolution)
+    z0, z1 = _bounds(oz, dz, enter, leave, length > 0, resolution)
+    t, valid = _places(first, row_near, row_length, row_ray, num_samples, seed_low, seed_high, STEPS, JITTER)
+    u, v, w = _texel(px + t * qx, resolution), _texel(py + t * qy, resolution), _texel(pz + t * qz, resolution)
+    area = resolution * resolution * WIDTH
+    hidden = tl.zeros([row_ray.shape[0], WIDTH], tl.float32)
+    hidden = _sample_plane(hidden, planes, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
+    hidden = _sample_plane(hidden, planes + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+    hidden = _sample_plane(hidden, planes + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+    return hidden, t, valid, (u, v, w), (x0, x1, y0, y1, z0, z1)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "zero"])
 def forward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
@@ -233,21 +274,13 @@ def forward_kernel(
     to the compiler, which would otherwise load all biases before the loop and fill the registers with them.
     """
     M: tl.constexpr = RAYS * STEPS
-    index, item = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     column, channel = tl.arange(0, 16), tl.arange(0, WIDTH)
-    planes += item.to(tl.int64) * 3 * resolution * resolution * WIDTH
-    area = resolution * resolution * WIDTH
-
-    ray = tl.load(order + index * RAYS + tl.arange(0, RAYS))
-    real = ray >= 0
-    ray += item * num_rays
-    ox, oy, oz, dx, dy, dz, near, length = _load_rays(origins, directions, ray, real)
-    hit = length > 0
-    row_ray = tl.load(order + index * RAYS + tl.arange(0, M) // STEPS)
-    row_real = row_ray >= 0
-    row_ray += item * num_rays
-    px, py, pz, qx, qy, qz, row_near, row_length = _load_rays(origins, directions, row_ray, row_real)
-    end = tl.where(tl.max(length, 0) > 0, num_samples, 0)  # nothing is done for a tile that misses the box
+    tile = tl.program_id(0)
+    ray, real, row_ray, _row_real, rays, rows = _load_tile(
+        origins, directions, order, tile, tiles, num_rays, RAYS, STEPS
+    )
+    planes += (tile // tiles).to(tl.int64) * 3 * resolution * resolution * WIDTH
+    end = tl.where(tl.max(rays[7], 0) > 0, num_samples, 0)  # nothing is done for a tile that misses the box
 
     matrices = _matrices(weights, NUM_HIDDEN, WIDTH)
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
@@ -255,21 +288,15 @@ def forward_kernel(
     depth = tl.zeros([RAYS], tl.float32)
     total = tl.zeros([RAYS, 16], tl.float32)
     for first in range(0, end, STEPS):
-        enter, leave = near + first * (length / num_samples), near + (first + STEPS) * (length / num_samples)
-        x0, x1 = _bounds(ox, dx, enter, leave, hit, resolution)
-        y0, y1 = _bounds(oy, dy, enter, leave, hit, resolution)
-        z0, z1 = _bounds(oz, dz, enter, leave, hit, resolution)
-        t, valid = _places(first, row_near, row_length, row_ray, num_samples, seed_low, seed_high, STEPS, JITTER)
-        u, v, w = _texel(px + t * qx, resolution), _texel(py + t * qy, resolution), _texel(pz + t * qz, resolution)
-        hidden = tl.zeros([M, WIDTH], tl.float32)
-        hidden = _sample_plane(hidden, planes, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
-        hidden = _sample_plane(hidden, planes + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-        hidden = _sample_plane(hidden, planes + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-        kept, signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
+        hidden, t, valid, _places_in, _bounds_of = _sample_tile(
+            planes, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+            WIDTH, STEPS, SIDE, JITTER, PRECISION,
+        )  # fmt: skip
+        kept, _signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
         raw = tl.dot(kept[NUM_HIDDEN], tl.trans(out_weights), input_precision="ieee") + out_biases[None, :]
 
         density = _softplus(_column(raw, column, 3) + density_bias)
-        optical = tl.reshape(tl.where(valid, density * (row_length / num_samples), 0.0), [RAYS, STEPS])
+        optical = tl.reshape(tl.where(valid, density * (rows[7] / num_samples), 0.0), [RAYS, STEPS])
         before = depth[:, None] + tl.cumsum(optical, 1) - optical
         weight = tl.reshape(tl.exp(-before) * _one_minus_exp_minus(optical), [M])
         value = _values(raw, t, column)
@@ -320,44 +347,27 @@ def backward_kernel(
     d_out_bias = tl.zeros([16], tl.float32)
 
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        index, item = tile % tiles, tile // tiles
-        item_offset = item.to(tl.int64) * 3 * area
-        ray = tl.load(order + index * RAYS + tl.arange(0, RAYS))
-        real = ray >= 0
-        ray += item * num_rays
-        ox, oy, oz, dx, dy, dz, near, length = _load_rays(origins, directions, ray, real)
-        hit = length > 0
-        row_ray = tl.load(order + index * RAYS + tl.arange(0, M) // STEPS)
-        row_real = row_ray >= 0
-        row_ray += item * num_rays
-        px, py, pz, qx, qy, qz, row_near, row_length = _load_rays(origins, directions, row_ray, row_real)
-        end = tl.where(tl.max(length, 0) > 0, num_samples, 0)
-
+        item_offset = (tile // tiles).to(tl.int64) * 3 * area
+        ray, real, row_ray, row_real, rays, rows = _load_tile(
+            origins, directions, order, tile, tiles, num_rays, RAYS, STEPS
+        )
+        end = tl.where(tl.max(rays[7], 0) > 0, num_samples, 0)
         summed = (column < 5)[None, :]
         sum_of = tl.load(sums + ray[:, None] * 5 + column[None, :], mask=real[:, None] & summed, other=0.0)
         g_of = tl.load(grad_sums + ray[:, None] * 5 + column[None, :], mask=real[:, None] & summed, other=0.0)
         left = tl.sum(sum_of * g_of, 1)  # sum of v_j w_j over the samples still ahead
-        row_g = tl.load(
-            grad_sums + row_ray[:, None] * 5 + column[None, :], mask=row_real[:, None] & summed, other=0.0
-        )
+        row_g = tl.load(grad_sums + row_ray[:, None] * 5 + column[None, :], mask=row_real[:, None] & summed, other=0.0)
         depth = tl.zeros([RAYS], tl.float32)
         for first in range(0, end, STEPS):
-            enter, leave = near + first * (length / num_samples), near + (first + STEPS) * (length / num_samples)
-            x0, x1 = _bounds(ox, dx, enter, leave, hit, resolution)
-            y0, y1 = _bounds(oy, dy, enter, leave, hit, resolution)
-            z0, z1 = _bounds(oz, dz, enter, leave, hit, resolution)
-            t, valid = _places(first, row_near, row_length, row_ray, num_samples, seed_low, seed_high, STEPS, JITTER)
-            u, v, w = _texel(px + t * qx, resolution), _texel(py + t * qy, resolution), _texel(pz + t * qz, resolution)
-            plane = planes + item_offset
-            hidden = tl.zeros([M, WIDTH], tl.float32)
-            hidden = _sample_plane(hidden, plane, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
-            hidden = _sample_plane(hidden, plane + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-            hidden = _sample_plane(hidden, plane + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+            hidden, t, valid, (u, v, w), (x0, x1, y0, y1, z0, z1) = _sample_tile(
+                planes + item_offset, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+                WIDTH, STEPS, SIDE, JITTER, PRECISION,
+            )  # fmt: skip
             kept, signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
             raw = tl.dot(kept[NUM_HIDDEN], tl.trans(out_weights), input_precision="ieee") + out_biases[None, :]
 
             shifted = _column(raw, column, 3) + density_bias
-            delta = tl.where(valid, row_length / num_samples, 0.0)
+            delta = tl.where(valid, rows[7] / num_samples, 0.0)
             optical = tl.reshape(_softplus(shifted) * delta, [RAYS, STEPS])
             after = depth[:, None] + tl.cumsum(optical, 1)
             weight = tl.exp(optical - after) * _one_minus_exp_minus(optical)

@@ -21,7 +21,9 @@ def uses_fused(field: nn.Module, config: VolumeConfig, device: torch.device) -> 
     """
     if config.renderer == "auto":
         kind = device.type
-        rounded = kind == "cuda" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        rounded = (
+            kind == "cuda" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        )
         return rounded and fused.refusal(field, device) is None
     if config.renderer == "fused" and (reason := fused.refusal(field, device)) is not None:
         raise UserError(f"model.volume.renderer 'fused': {reason}; set it to 'auto' or 'reference'")
@@ -44,7 +46,5 @@ def render_rays(
         assert isinstance(field, reference.RadianceField)
         return fused.render_rays(planes, field, origins, directions, samples, jitter, image_px=image_px)
     if 0 < config.chunk_rays < origins.shape[1]:
-        return deferred.render_rays(
-            planes, field, origins, directions, samples, jitter, patch_rays=config.chunk_rays
-        )
+        return deferred.render_rays(planes, field, origins, directions, samples, jitter, patch_rays=config.chunk_rays)
     return reference.render_rays(planes, field, origins, directions, samples, jitter)

@@ -261,7 +261,7 @@ def _batch(config: RunConfig, batch: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _cameras(batch: int, views: int, side: int) -> tuple[Tensor, Tensor]:
-    """Return poses [B, V, 4, 4] 2.2 from the origin, looking at it, and K [B, V, 3, 3] of a window of a 2 x larger view."""
+    """Return poses [B, V, 4, 4] that look at the origin from 2.2 away, and K [B, V, 3, 3] of half of each view."""
     centres = nn.functional.normalize(torch.randn(batch, views, 3), dim=-1) * 2.2
     forward = nn.functional.normalize(-centres, dim=-1)
     right = nn.functional.normalize(torch.linalg.cross(forward, torch.tensor([0.0, 0, 1]).expand_as(forward)), dim=-1)

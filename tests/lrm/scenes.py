@@ -80,14 +80,21 @@ def scenes(draw: st.DrawFn, device: str = "cpu") -> Scene:
 
 
 def outputs_and_gradients(scene: Scene, render: Callable[[Tensor, nn.Module], Rendered]) -> dict[str, Tensor]:
-    """Return rgb, alpha, depth of a renderer, and the gradients of planes and parameters of a random mix of them."""
+    """Return rgb, alpha, depth of a renderer, and the gradients of planes and layers of a random mix of them.
+
+    A layer's gradient is that of [weight | bias] together: a bias' own is a sum whose terms may cancel by chance, and
+    the rounding of the terms then is large beside it.
+    """
     generator = torch.Generator().manual_seed(1)
     planes = scene.planes.clone().requires_grad_()
     scene.field.zero_grad()
     out = render(planes, scene.field)
     mixed = [(v * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in out]
     sum(mixed).backward()  # type: ignore[union-attr]
-    gradients = {name: parameter.grad.clone() for name, parameter in scene.field.named_parameters()}
+    gradients = {
+        f"layer {i}": torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+        for i, layer in enumerate(scene.field.layers)
+    }
     assert planes.grad is not None
     return {**{n: v.detach() for n, v in out._asdict().items()}, "planes": planes.grad, **gradients}
 

@@ -57,7 +57,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trusted(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same file, its digests taken for the published ones."""
     files = {"vgg16_sha256": weights.parent / "vgg16.pth", "lpips_sha256": weights.parent / "vgg.pth"}
-    monkeypatch.setattr(losses, "SOURCES", {name: sha256(path.read_bytes()).hexdigest() for name, path in files.items()})
+    monkeypatch.setattr(
+        losses, "SOURCES", {name: sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    )
     return weights
 
 
@@ -127,7 +129,10 @@ def test_it_is_the_packages(trusted: Path) -> None:
     ours = load(trusted)
     convolutions = [m for m in theirs.net.modules() if isinstance(m, nn.Conv2d)]
     for index, module in enumerate(convolutions):
-        module.weight.data, module.bias.data = ours.get_buffer(f"conv{index}_weight"), ours.get_buffer(f"conv{index}_bias")
+        module.weight.data, module.bias.data = (
+            ours.get_buffer(f"conv{index}_weight"),
+            ours.get_buffer(f"conv{index}_bias"),
+        )
     for index, layer in enumerate(theirs.lins):
         layer.model[-1].weight.data = ours.get_buffer(f"linear{index}")[None, :, None, None]
     one, other = images(2, 3, 64, 64), images(2, 3, 64, 64, seed=1)
@@ -154,9 +159,7 @@ def serving(folder: Path) -> Iterator[str]:
 def test_weights_are_fetched_verified_and_kept(trusted: Path, weights: Path, tmp_path: Path) -> None:
     def served(known: WeightsFile, name: str, url: str) -> WeightsFile:
         data = (weights.parent / name).read_bytes()
-        return WeightsFile(
-            label=known.label, url=f"{url}/{name}", sha256=sha256(data).hexdigest(), num_bytes=len(data)
-        )
+        return WeightsFile(label=known.label, url=f"{url}/{name}", sha256=sha256(data).hexdigest(), num_bytes=len(data))
 
     spec = FetchSpec(cache_dir=str(tmp_path / "cache"), max_tries=1)
     out = tmp_path / "made.safetensors"
@@ -167,7 +170,7 @@ def test_weights_are_fetched_verified_and_kept(trusted: Path, weights: Path, tmp
         other = tmp_path / "other.safetensors"
         wrong = WeightsFile(label=VGG16.label, url=vgg16.url, sha256=VGG16.sha256, num_bytes=vgg16.num_bytes)
         fresh = spec.model_copy(update={"cache_dir": str(tmp_path / "fresh")})
-        with pytest.raises(UserError, match="VGG16 of torchvision.*or set train.lpips_weight=0") as caught:
+        with pytest.raises(UserError, match=r"VGG16 of torchvision.*or set train.lpips_weight=0") as caught:
             make_weights(other, vgg16=wrong, lpips=lpips, spec=fresh)
         assert "\n" not in str(caught.value)
         assert not other.exists()

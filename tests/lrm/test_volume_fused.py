@@ -45,9 +45,7 @@ def by_fused(scene: Scene, precision: fused.Precision) -> dict[str, Tensor]:
     rays = (scene.origins, scene.directions, scene.num_samples, scene.jitter)
     return outputs_and_gradients(
         scene,
-        lambda planes, field: fused.render_rays(
-            planes, field, *rays, image_px=scene.image_px, precision=precision
-        ),
+        lambda planes, field: fused.render_rays(planes, field, *rays, image_px=scene.image_px, precision=precision),
     )
 
 
@@ -64,8 +62,8 @@ def test_rounding_to_bfloat16_costs_no_more_than_it_costs_the_reference_under_au
     squares: dict[str, float] = {"fused": 0.0, "autocast": 0.0}
     for seed in range(8):
         scene = make_scene(
-            seed=seed, image_px=(4, 4), views=2, width=(16, 32)[seed % 2], layers=3 + seed % 3, num_samples=8, jitter=seed,
-            device=DEVICE,
+            seed=seed, image_px=(4, 4), views=2, width=(16, 32)[seed % 2], layers=3 + seed % 3, num_samples=8,
+            jitter=seed, device=DEVICE,
         )  # fmt: skip
         wanted = by_reference(scene)
         for name, found in (("fused", by_fused(scene, "bf16")), ("autocast", by_reference(scene, autocast=True))):
@@ -138,7 +136,9 @@ def test_a_choice_that_cannot_be_kept_is_refused_and_auto_takes_the_reference() 
     narrow = make_scene(seed=0, width=16).field
     odd = reference.RadianceField(3, VolumeConfig(mlp_layers=3, mlp_width=24, samples_per_ray=4))
     config = VolumeConfig(mlp_layers=3, mlp_width=24, samples_per_ray=4, renderer="fused")
-    with pytest.raises(UserError, match="'fused': the MLP's width is 24, .* set it to 'auto' or 'reference'") as caught:
+    with pytest.raises(
+        UserError, match=r"'fused': the MLP's width is 24, .* set it to 'auto' or 'reference'"
+    ) as caught:
         render.uses_fused(odd, config, torch.device(DEVICE))
     assert "\n" not in str(caught.value)
     assert render.uses_fused(narrow, config, torch.device(DEVICE))
@@ -175,7 +175,11 @@ for kernel, warps in ((kernels.forward_kernel, fused.FORWARD_WARPS), (kernels.ba
 
 def test_the_papers_kernels_compile_for_hopper_and_fit_its_shared_memory() -> None:
     """To machine code, by the ptxas that Triton brings; no GPU is needed for that."""
-    command = [sys.executable, "-c", COMPILE.replace("import sys\n", "import os\nos.environ.pop('TRITON_INTERPRET', 0)\n")]
+    command = [
+        sys.executable,
+        "-c",
+        COMPILE.replace("import sys\n", "import os\nos.environ.pop('TRITON_INTERPRET', 0)\n"),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2
