@@ -359,10 +359,12 @@ def backward_kernel(
         row_g = tl.load(grad_sums + row_ray[:, None] * 5 + column[None, :], mask=row_real[:, None] & summed, other=0.0)
         depth = tl.zeros([RAYS], tl.float32)
         for first in range(0, end, STEPS):
-            hidden, t, valid, (u, v, w), (x0, x1, y0, y1, z0, z1) = _sample_tile(
+            hidden, t, valid, places, bounds = _sample_tile(
                 planes + item_offset, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
                 WIDTH, STEPS, SIDE, JITTER, PRECISION,
             )  # fmt: skip
+            u, v, w = places
+            x0, x1, y0, y1, z0, z1 = bounds
             kept, signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
             raw = tl.dot(kept[NUM_HIDDEN], tl.trans(out_weights), input_precision="ieee") + out_biases[None, :]
 
