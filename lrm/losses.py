@@ -18,6 +18,7 @@ Cost, paper preset: 8 images of 128^2 an object (4 rendered, with a graph; 4 tru
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from itertools import pairwise
@@ -123,9 +124,9 @@ def load_lpips(config: TrainConfig) -> Lpips | None:
         raise UserError(f"train.lpips_weight is {config.lpips_weight:g} and {path} is not there; {advice}")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: value for key, value in (file.metadata() or {}).items() if key in SOURCES}
+            found = json.loads((file.metadata() or {}).get("sources", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); {advice}") from None
     if found != SOURCES or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != lpips_shapes():
         raise UserError(f"{path} was not made of the published weights of VGG16 and LPIPS 0.1; {advice}")
@@ -157,7 +158,8 @@ def write_lpips(vgg16_path: Path, lpips_path: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     digests = {"vgg16_sha256": _sha256(vgg16_path), "lpips_sha256": _sha256(lpips_path)}
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    save_file({name: tensors[name].float().contiguous() for name in lpips_shapes()}, part, metadata=digests)
+    metadata = {"sources": json.dumps(digests)}  # one key, since several have no fixed order in a file
+    save_file({name: tensors[name].float().contiguous() for name in lpips_shapes()}, part, metadata=metadata)
     part.replace(out)
 
 

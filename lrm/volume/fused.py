@@ -82,7 +82,7 @@ def _linears(field: RadianceField) -> list[nn.Linear]:
 
 def shared_bytes(num_hidden: int, width: int) -> int:
     """Return the shared memory that the backward kernel needs at most: weights, activations of a tile, and the rest."""
-    return 4 * num_hidden * width**2 + 12288
+    return 4 * num_hidden * width**2 + 16384
 
 
 def render_rays(

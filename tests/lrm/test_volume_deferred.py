@@ -60,27 +60,31 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from lrm.volume import deferred, reference
 from tests.lrm.scenes import make_scene
+
+def peak_kib():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
 torch.set_num_threads(1)
-scene = make_scene(seed=0, image_px=(side := int(sys.argv[2]), side), width=64, layers=6, num_samples=32, resolution=16)
-planes = scene.planes.requires_grad_()
-rays = (planes, scene.field, scene.origins, scene.directions, scene.num_samples)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scene = make_scene(seed=0, image_px=(64, 64), width=64, layers=6, num_samples=32, resolution=16)
+rays = (scene.planes.requires_grad_(), scene.field, scene.origins, scene.directions, scene.num_samples)
+before = peak_kib()
 out = reference.render_rays(*rays) if sys.argv[1] == "whole" else deferred.render_rays(*rays, patch_rays=256)
 out.rgb.square().sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
 
 
 def test_memory_is_that_of_a_patch() -> None:
-    """1024 and 4096 rays of 32 samples keep about 70 MB and 280 MB of activations; patches of 256 rays 20 MB."""
+    """4096 rays of 32 samples keep about 280 MB of activations, and patches of 256 rays a sixteenth of it."""
 
-    def peak_kib(mode: str, side: int) -> int:
-        command = [sys.executable, "-c", MEASURE, mode, str(side)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    def peak_kib(mode: str) -> int:
+        command = [sys.executable, "-c", MEASURE, mode]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout)
 
-    whole, small, large = peak_kib("whole", 64), peak_kib("deferred", 32), peak_kib("deferred", 64)
-    assert large < whole / 4, (whole, small, large)
-    assert large - small < 16 * 1024, (whole, small, large)
+    whole, patches = peak_kib("whole"), peak_kib("deferred")
+    assert whole > 200 * 1024, (whole, patches)
+    assert patches < whole / 4, (whole, patches)
