@@ -24,7 +24,8 @@ views of 128, 256 and 384 px, cameras 1.5 to 3 from the origin) 0.9, 0.6 and 0.6
 As compiled for sm_90, paper preset: forward 4 warps, 255 registers, no spills, 74 KB of shared memory, so 2 programs a
 multiprocessor; backward 8 warps, 255 registers, 1.4 KB of spills a thread, mostly of what a tile needs but once, and
 143 KB, so 1 program, which carries the gradients of all hidden weights in registers. 16 warps, or tiles of 8 steps,
-spill more. Speed is not measured: there was no GPU to measure it on.
+spill more. Speed is not measured: there was no GPU to measure it on. An A100 has too little shared memory for the
+backward pass of the paper preset (211 KB as compiled for sm_80), which `refusal` says; it holds up to 4 hidden layers.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def refusal(field: torch.nn.Module, device: torch.device) -> str | None:
     if width not in WIDTHS:
         return f"the MLP's width is {width}, and {WIDTHS} are built"
     num_hidden = len(field.layers) - 2
-    needed = shared_bytes(num_hidden, width)
     if device.type == "cuda":
+        needed = shared_bytes(num_hidden, width, torch.cuda.get_device_capability(device)[0])
         properties: Any = torch.cuda.get_device_properties(device)
         there = properties.shared_memory_per_block_optin
         if needed > there:
@@ -80,9 +81,12 @@ def _linears(field: RadianceField) -> list[nn.Linear]:
     return [layer for layer in field.layers if isinstance(layer, nn.Linear)]
 
 
-def shared_bytes(num_hidden: int, width: int) -> int:
-    """Return the shared memory that the backward kernel needs at most: weights, activations of a tile, and the rest."""
-    return 4 * num_hidden * width**2 + 16384
+def shared_bytes(num_hidden: int, width: int, major: int) -> int:
+    """Return the shared memory that the backward kernel needs at most, as compiled: weights, activations, the rest.
+
+    Hopper's products, of compute capability 9, read an operand as it lies or transposed; others keep a copy of it.
+    """
+    return (4 if major == 9 else 6) * num_hidden * width**2 + 20480
 
 
 def render_rays(
