@@ -22,6 +22,7 @@ B      ?= latest
 DEAD   ?= 0.5
 GRACE_S ?= 604800
 OBJECTS ?= 1000000
+WEIGHTS ?=
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -33,7 +34,8 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader publish diff verify tombstone compact gc status report train test test-crash lint format s3-up clean
+	bench-loader bench-train publish diff verify tombstone compact gc status report train weights test test-crash lint \
+	format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +120,12 @@ report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=
 
 train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
 	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
+
+weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
+	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')
+
+bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers on this machine [ARGS="--preset small"]
+	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
 	$(BIN)/python -m pytest $(TESTS)

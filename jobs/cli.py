@@ -461,6 +461,22 @@ def train(
 
 
 @command
+def weights(
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; training looks in the cache folder by default")
+    ] = None,
+) -> None:
+    """Fetch and verify the published weights of the perceptual loss (553 MB, once)."""
+    from jobs.weights import make_weights
+    from lrm.losses import default_lpips_path
+    from pipeline.spec import FetchSpec
+
+    path = out or default_lpips_path()
+    make_weights(path, spec=FetchSpec())
+    typer.echo(f"wrote {path}", err=True)
+
+
+@command
 def demo(out: Annotated[Path, typer.Option(help="folder for the corpus, the checkpoint and report.html")]) -> None:
     """Run the main job small: 12 procedural objects, 2 shards, a version, a training run, report.html."""
     from jobs.demo import run_demo

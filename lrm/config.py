@@ -77,8 +77,11 @@ class VolumeConfig(BaseModel):
     samples_per_ray: int = Field(ge=2, description="paper 128")
     density_bias: float = Field(-1.0, description="density = softplus(raw + bias): a thin fog at the start, not a wall")
     jitter: bool = Field(True, description="in training, draw each sample inside its interval instead of at its middle")
+    renderer: Literal["auto", "reference", "fused"] = Field(
+        "auto", description="auto takes the fused one on a GPU under bf16, and the reference elsewhere"
+    )
     chunk_rays: int = Field(
-        0, ge=0, description="rays rendered at a time and recomputed in the backward pass; 0 keeps all activations"
+        0, ge=0, description="rays of the reference rendered at a time, again in the backward pass; 0 renders all once"
     )
 
 
@@ -146,7 +149,8 @@ class TrainConfig(BaseModel):
     beta2: float = Field(0.95, ge=0, lt=1, description="paper 0.95")
     weight_decay: float = Field(0.05, ge=0, description="not on biases and norms; paper 0.05")
     max_grad_norm: float = Field(1.0, gt=0, description="paper 1.0")
-    lpips_weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; paper 2.0; only 0 is built yet")
+    lpips_weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; paper 2.0")
+    lpips_path: str = Field("", description="file made by `make weights`; empty takes where that writes by default")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay a step of averaged weights; 0 keeps none")
     precision: Literal["fp32", "bf16"] = Field(description="paper bf16")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -158,12 +162,6 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(ge=1, description="newest checkpoints kept")
     log_every_steps: int = Field(ge=1)
     max_skipped_steps: int = Field(100, ge=0, description="steps without a finite gradient before the run stops")
-
-    @model_validator(mode="after")
-    def _built(self) -> TrainConfig:
-        if self.lpips_weight != 0:
-            raise ValueError(f"lpips_weight {self.lpips_weight}: the perceptual loss is not built yet; set it to 0")
-        return self
 
 
 class RunConfig(BaseModel):

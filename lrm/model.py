@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lrm.cameras import pixel_rays
 from lrm.config import ModelConfig
 from lrm.decoder import TriplaneDecoder
 from lrm.encoder import ImageEncoder
-from lrm.volume.reference import RadianceField, Rendered, render_rays
+from lrm.volume.reference import RadianceField, Rendered
+from lrm.volume.render import render_rays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class LRM(nn.Module):
         intrinsics: Tensor,
         height: int,
         width: int,
-        generator: torch.Generator | None = None,
+        jitter: int | None = None,
     ) -> Rendered:
         """Render views of planes [B, 3, C, R, R].
 
@@ -72,20 +72,15 @@ class LRM(nn.Module):
             intrinsics: [B, V, 3, 3] in pixels of the rendered window.
             height: rows of the window.
             width: columns of the window.
-            generator: on the CPU; draws the samples inside their intervals. None takes the middles.
+            jitter: seed of the samples' places in their intervals. None takes the middles.
 
         Returns:
             rgb [B, V, 3, H, W], alpha [B, V, H, W], depth [B, V, H, W].
         """
-        volume = self.config.volume
         batch, views = world_from_camera.shape[:2]
         origins, directions = (rays.flatten(1, 2) for rays in pixel_rays(world_from_camera, intrinsics, height, width))
-        offsets = None
-        if generator is not None:
-            shape = (*origins.shape[:2], volume.samples_per_ray)
-            offsets = torch.rand(shape, generator=generator).to(origins.device, non_blocking=True)
         out = render_rays(
-            planes.float(), self.field, origins, directions, volume.samples_per_ray, offsets, volume.chunk_rays
+            planes.float(), self.field, origins, directions, self.config.volume, jitter, image_px=(height, width)
         )
         window = (batch, views, height, width)
         rgb = out.rgb.reshape(*window, 3).permute(0, 1, 4, 2, 3)
@@ -98,11 +93,11 @@ class LRM(nn.Module):
         world_from_camera: Tensor,
         intrinsics: Tensor,
         window_px: int,
-        generator: torch.Generator | None = None,
+        jitter: int | None = None,
     ) -> Rendered:
         """Render square windows of V views of the object in an image: `planes`, then `render`."""
         planes = self.planes(image, camera)
-        return self.render(planes, world_from_camera, intrinsics, window_px, window_px, generator)
+        return self.render(planes, world_from_camera, intrinsics, window_px, window_px, jitter)
 
     def parameter_counts(self) -> ParameterCounts:
         """Count the learnable numbers of each part."""

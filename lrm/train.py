@@ -3,10 +3,10 @@
     python -m lrm.train --corpus FOLDER_OR_URL --version latest --config tiny --out runs/a --set train.steps=100
     torchrun --nproc-per-node 8 -m lrm.train --config paper ...
 
-One step: a batch of the rank, triplanes, V patches an object, MSE, backward, clip, AdamW. Everything random is a
-function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on from
-its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop; a
-second one stops at once.
+One step: a batch of the rank, triplanes, V patches an object, MSE and LPIPS, backward, clip, AdamW. Everything random
+is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on
+from its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop;
+a second one stops at once.
 
 A step whose gradient is not finite changes nothing, is counted, and past `max_skipped_steps` ends the run. The decision
 falls after the gradients are averaged, so all ranks take it alike. Ranks share `out_dir`; the first one writes.
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from lrm.checkpoint import State, newest_checkpoint, read_checkpoint, remove_strays, save_checkpoint
 from lrm.config import RunConfig, load_config
 from lrm.data import Batch, Loader, open_reader
-from lrm.losses import mse_loss, psnr_db
+from lrm.losses import Lpips, load_lpips, mse_loss, psnr_db
 from lrm.metrics import METRICS_NAME, append_metrics, rewind_metrics
 from lrm.model import LRM
 from lrm.optim import build_optimizer, learning_rate
@@ -51,6 +51,9 @@ from pipeline.types import UserError, derive_seed
 from pipeline.version import parse_version
 
 log = logging.getLogger(__name__)
+
+FREE_MODEL_SETTINGS = ("model.volume.renderer", "model.volume.chunk_rays")
+"""Settings of the model that say how it is computed, not what it is; a resumed run may change them."""
 
 
 class TrainingError(RuntimeError):
@@ -112,12 +115,20 @@ class Trainer:
     """The state of a run and its one step."""
 
     def __init__(
-        self, config: RunConfig, loader: Loader, version_digest: str, ranks: Ranks, saved: State | None
+        self,
+        config: RunConfig,
+        loader: Loader,
+        version_digest: str,
+        ranks: Ranks,
+        saved: State | None,
+        lpips: Lpips | None = None,
     ) -> None:
         self.config, self.loader, self.ranks = config, loader, ranks
+        self.lpips = None if lpips is None else lpips.to(ranks.device)
         self.version_digest = version_digest
         self.step = self.skipped = 0
         self.window: list[float] = []  # losses since the last logged step
+        self.mse_window: list[float] = []
         if saved is not None:
             _check_same_run(saved, config, version_digest)
         self.model = build_model(config, load_weights=saved is None).to(ranks.device)
@@ -140,6 +151,7 @@ class Trainer:
             self.ema.n_averaged.fill_(1)
         self.loader.load_state_dict(saved["loader"])
         self.step, self.skipped, self.window = saved["step"], saved["skipped"], list(saved["window"])
+        self.mse_window = list(saved["mse_window"])
 
     def state(self) -> State:
         """Return all that a later process needs to go on from here."""
@@ -147,6 +159,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "window": list(self.window),
+            "mse_window": list(self.mse_window),
             "version_digest": self.version_digest,
             "config": self.config.model_dump(mode="json"),
             "model": self.model.state_dict(),
@@ -162,19 +175,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         on_device = {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
-        generator = None
+        jitter = None
         if self.config.model.volume.jitter:
-            generator = torch.Generator().manual_seed(derive_seed("rays", train.seed, self.step, self.ranks.rank))
+            jitter = derive_seed("rays", train.seed, self.step, self.ranks.rank)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             rendered = self.wrapped(
                 on_device["input_image"], on_device["input_camera"], on_device["target_world_from_camera"],
-                on_device["target_intrinsics"], self.config.data.patch_px, generator,
+                on_device["target_intrinsics"], self.config.data.patch_px, jitter,
             )  # fmt: skip
-        rgb = rendered.rgb
-        if self.config.data.background != "white":  # the renderer composites over white
-            behind = on_device["background"][:, None, :, None, None] - 1
-            rgb = rgb + (1 - rendered.alpha)[:, :, None] * behind
-        loss = mse_loss(rgb, on_device["target_rgb"])
+            rgb = rendered.rgb
+            if self.config.data.background != "white":  # the renderer composites over white
+                behind = on_device["background"][:, None, :, None, None] - 1
+                rgb = rgb + (1 - rendered.alpha)[:, :, None] * behind
+            target = on_device["target_rgb"]
+            perceptual = None if self.lpips is None else self.lpips(rgb, target).mean()
+        loss = mse = mse_loss(rgb, target)
+        if perceptual is not None:
+            loss = mse + train.lpips_weight * perceptual
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm))
@@ -182,7 +199,9 @@ class Trainer:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-            self.window.append(float(self.ranks.mean(loss.detach())))
+            means = self.ranks.mean(torch.stack([loss.detach(), mse.detach()])).tolist()
+            self.window.append(means[0])
+            self.mse_window.append(means[1])
         else:
             self._skip(norm)
         self.step += 1
@@ -207,7 +226,7 @@ def _check_same_run(saved: State, config: RunConfig, version_digest: str) -> Non
         )
     old, new = _flat(saved["config"]), _flat(config.model_dump(mode="json"))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    fixed = [name for name in changed if name.startswith("model.")]
+    fixed = [name for name in changed if name.startswith("model.") and name not in FREE_MODEL_SETTINGS]
     if fixed:
         first = fixed[0]
         raise UserError(
@@ -270,9 +289,11 @@ def _run_steps(trainer: Trainer, out_dir: Path, stop: threading.Event) -> tuple[
             bar.update()
             if trainer.step % config.log_every_steps == 0 or trainer.step == config.steps:
                 loss = sum(trainer.window) / len(trainer.window) if trainer.window else math.nan
+                mse = sum(trainer.mse_window) / len(trainer.mse_window) if trainer.mse_window else math.nan
                 trainer.window.clear()
+                trainer.mse_window.clear()
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                line = {"step": trainer.step, "loss": loss, "psnr": psnr_db(loss), "lr": rate, "grad_norm": norm}
+                line = {"step": trainer.step, "loss": loss, "psnr": psnr_db(mse), "lr": rate, "grad_norm": norm}
                 if ranks.is_first:
                     speed = clock.read(ranks.size)
                     append_metrics(out_dir / METRICS_NAME, line | speed | {"skipped": trainer.skipped})
@@ -315,6 +336,7 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     """
     out = Path(out_dir)
     torch.set_num_threads(config.train.num_threads or os.cpu_count() or 1)
+    lpips = load_lpips(config.train)
     reader = open_reader(corpus, version, config.data)
     with stop_signals() as stop, joined_ranks(config.train.device) as ranks:
         if config.train.batch_size % ranks.size:  # gradients are averaged over ranks as equals
@@ -331,7 +353,7 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
             ranks=ranks.size,
         )
         with loader:
-            trainer = Trainer(config, loader, reader.digest, ranks, saved)
+            trainer = Trainer(config, loader, reader.digest, ranks, saved, lpips)
             del saved
             first_step = trainer.step
             if first_step >= config.train.steps:

@@ -27,6 +27,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Readers keep an index of each version they open in the node's cache: of test corpora, not in the user's.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lrm-test-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Without a GPU, Triton's kernels are run by its interpreter, which it must be told before it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,15 @@ one sample t_i in each, the emission-absorption integral becomes (Max 1995, equa
 
 The quadrature is exact where the density is constant over each interval.
 
-Cost, paper preset: 4 views x 128^2 rays x 128 samples = 8.4 M samples an object, 48.4 k multiply-adds each. Autograd
-would keep about 13.8 GB of activations in bf16 for it; with `chunk_rays` only one chunk's are alive, and the chunk is
-computed again in the backward pass (the deferred back-propagation of ARF, by checkpointing), for a third more work.
+A sample lies in the middle of its interval, or, with a `jitter` seed, anywhere in it: at a place hashed from the seed,
+the ray and the sample, so that nothing need be stored and every renderer on every device takes the same ones.
 
-Not taken here, since they cost readability: dropping rays that miss the box, folding the first layer of the MLP into
-the planes (exact, as bilinear sampling is linear), a fused kernel.
+Cost, paper preset: 4 views x 128^2 rays x 128 samples = 8.4 M samples an object, 48.4 k multiply-adds each. Autograd
+keeps about 13.8 GB of activations in bf16 for it. `lrm.volume.deferred` bounds that by rendering twice, a patch at a
+time; `lrm.volume.fused` keeps nothing and computes less, on a GPU.
+
+Not taken here, since they cost readability: dropping rays that miss the box, and folding the first layer of the MLP
+into the planes (exact, as bilinear sampling is linear). The fused renderer does both.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lrm.config import VolumeConfig
 
+MASK_32 = 0xFFFFFFFF
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 """Axes of planes 0, 1, 2: the first runs along a plane's columns, the second along its rows."""
 
@@ -114,17 +117,36 @@ def composite(rgb: Tensor, density: Tensor, delta: Tensor, distances: Tensor) ->
     return Rendered(colour, alpha, (weights * distances).sum(-1) / alpha.clamp_min(1e-6))
 
 
-def _render_chunk(
-    field: nn.Module, num_samples: int, planes: Tensor, origins: Tensor, directions: Tensor, offsets: Tensor | None
-) -> Rendered:
-    near, far = intersect_box(origins, directions)
-    delta = (far - near) / num_samples
-    index = torch.arange(num_samples, device=origins.device, dtype=origins.dtype)
-    distances = near[..., None] + (index + (0.5 if offsets is None else offsets)) * delta[..., None]  # [B, M, N]
-    points = origins[..., None, :] + distances[..., None] * directions[..., None, :]
-    rgb, density = field(sample_triplane(planes, points.flatten(1, 2)))
-    shape = distances.shape
-    return composite(rgb.reshape(*shape, 3), density.reshape(shape), delta, distances)
+def jitter_offsets(jitter: int | None, ray_ids: Tensor, num_samples: int) -> Tensor:
+    """Return the places [..., N] of samples in their intervals, in [0, 1), of rays numbered by ray_ids [...], int64.
+
+    0.5 without a seed. With one, 24 bits of a 32-bit hash (MurmurHash3's finaliser, Appleby, public domain) of the
+    seed's lower 62 bits, the ray's number and the sample's.
+    """
+    if jitter is None:
+        return torch.full((*ray_ids.shape, num_samples), 0.5, device=ray_ids.device)
+    low, high = split_seed(jitter)
+    rays = _mix(_mix((ray_ids + low) & MASK_32) ^ high)
+    steps = torch.arange(num_samples, device=ray_ids.device) * 0x9E3779B9
+    return (_mix((rays[..., None] + steps) & MASK_32) >> 8).float() / 2**24
+
+
+def split_seed(jitter: int) -> tuple[int, int]:
+    """Return the two 31-bit halves of a seed that the hash takes."""
+    return jitter & 0x7FFFFFFF, (jitter >> 31) & 0x7FFFFFFF
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on 32 bits in int64, whose overflow leaves the lower 32 bits right."""
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & MASK_32
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & MASK_32
+    return bits ^ (bits >> 16)
+
+
+def number_rays(origins: Tensor) -> Tensor:
+    """Return the numbers [B, M], int64, by which rays [B, M, 3] are known to the jitter."""
+    batch, num_rays = origins.shape[:2]
+    return torch.arange(batch * num_rays, device=origins.device).reshape(batch, num_rays)
 
 
 def render_rays(
@@ -133,10 +155,10 @@ def render_rays(
     origins: Tensor,
     directions: Tensor,
     num_samples: int,
-    offsets: Tensor | None = None,
-    chunk_rays: int = 0,
+    jitter: int | None = None,
+    ray_ids: Tensor | None = None,
 ) -> Rendered:
-    """Render rays through triplanes.
+    """Render rays through triplanes, all at once.
 
     Args:
         planes: [B, 3, C, R, R].
@@ -144,20 +166,18 @@ def render_rays(
         origins: [B, M, 3] in world units.
         directions: [B, M, 3], of unit length.
         num_samples: intervals a ray.
-        offsets: [B, M, N] places of the samples in their intervals, in [0, 1); None takes the middles.
-        chunk_rays: rays of each object rendered at a time, recomputed in the backward pass; 0 renders all at once.
+        jitter: seed of the samples' places in their intervals; None takes the middles.
+        ray_ids: [B, M] numbers of the rays, where they are a part of a picture; None counts them, object by object.
 
     Returns:
         rgb [B, M, 3], alpha [B, M], depth [B, M].
     """
-    num_rays = origins.shape[1]
-    if chunk_rays == 0 or num_rays <= chunk_rays:
-        return _render_chunk(field, num_samples, planes, origins, directions, offsets)
-    parts = []
-    for start in range(0, num_rays, chunk_rays):
-        rays = slice(start, start + chunk_rays)
-        chunk_offsets = None if offsets is None else offsets[:, rays]
-        arguments = (field, num_samples, planes, origins[:, rays], directions[:, rays], chunk_offsets)
-        parts.append(checkpoint(_render_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-    rgb, alpha, depth = (torch.cat(pieces, 1) for pieces in zip(*parts))
-    return Rendered(rgb, alpha, depth)
+    near, far = intersect_box(origins, directions)
+    delta = (far - near) / num_samples
+    offsets = jitter_offsets(jitter, number_rays(origins) if ray_ids is None else ray_ids, num_samples)
+    index = torch.arange(num_samples, device=origins.device, dtype=origins.dtype)
+    distances = near[..., None] + (index + offsets) * delta[..., None]  # [B, M, N]
+    points = origins[..., None, :] + distances[..., None] * directions[..., None, :]
+    rgb, density = field(sample_triplane(planes, points.flatten(1, 2)))
+    shape = distances.shape
+    return composite(rgb.reshape(*shape, 3), density.reshape(shape), delta, distances)

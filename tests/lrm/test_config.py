@@ -23,12 +23,13 @@ def test_the_presets_load_and_the_paper_preset_has_the_papers_numbers() -> None:
     train = paper.train
     assert (train.batch_size, train.lr, train.beta2, train.weight_decay) == (1024, 4e-4, 0.95, 0.05)
     assert (train.max_grad_norm, train.warmup_steps, train.precision) == (1.0, 3000, "bf16")
+    assert train.lpips_weight == 2.0
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lpips_weight=2.0", "the perceptual loss is not built yet; set it to 0"),
+        ("train.lpips_weight=-1.0", "train.lpips_weight"),
         ("train.stpes=3", "unknown key 'train.stpes'"),
         ("data.patch_px=500", "patch_px <= min_render_px"),
         ("model.decoder.num_heads=7", "must divide by num_heads 7"),

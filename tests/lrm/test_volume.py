@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrm.config import VolumeConfig
-from lrm.volume.reference import RadianceField, composite, intersect_box, render_rays, sample_triplane
+from lrm.volume.reference import composite, intersect_box, jitter_offsets, render_rays, sample_triplane
 
 PLANES = torch.zeros(1, 3, 2, 4, 4)
 
@@ -48,11 +47,11 @@ def test_box_entry_and_exit() -> None:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0, 20.0])
-@pytest.mark.parametrize("chunk_rays", [0, 2])
-def test_a_box_of_constant_density_lets_exp_minus_sigma_length_through(density: float, chunk_rays: int) -> None:
+@pytest.mark.parametrize("jitter", [None, 7])
+def test_a_box_of_constant_density_lets_exp_minus_sigma_length_through(density: float, jitter: int | None) -> None:
     origins, directions = rays(([0, -3, 0], [0, 1, 0]), ([-2, -2, 0.3], [1, 1, 0]), ([9, -3, 0], [0, 1, 0]))
     field = Uniform(density)
-    out = render_rays(PLANES, field, origins, directions, 16, chunk_rays=chunk_rays)
+    out = render_rays(PLANES, field, origins, directions, 16, jitter)
     through = torch.exp(-density * torch.tensor([[2.0, 2 * math.sqrt(2), 0.0]]))
     torch.testing.assert_close(out.alpha, 1 - through)
     torch.testing.assert_close(out.rgb, (1 - through)[..., None] * field.colour + through[..., None])
@@ -84,20 +83,17 @@ def test_planes_are_read_along_their_axes() -> None:
     torch.testing.assert_close(sample_triplane(planes, points), torch.stack([x, y, x, z, y, z], -1))
 
 
-def test_chunks_give_the_same_picture_and_gradients() -> None:
-    generator = torch.Generator().manual_seed(1)
-    field = RadianceField(2, VolumeConfig(mlp_layers=3, mlp_width=8, samples_per_ray=6))
-    planes = torch.randn(2, 3, 2, 4, 4, generator=generator)
-    origins = torch.tensor([0.0, -2.5, 0]).expand(2, 10, 3)
-    directions = nn.functional.normalize(
-        torch.randn(2, 10, 3, generator=generator) * 0.3 + torch.tensor([0, 1.0, 0]), dim=-1
-    )
-    offsets = torch.rand(2, 10, 6, generator=generator)
-    results = []
-    for chunk_rays in (0, 3):
-        leaf = planes.clone().requires_grad_()
-        out = render_rays(leaf, field, origins, directions, 6, offsets, chunk_rays)
-        out.rgb.square().sum().backward()
-        results.append((*out, leaf.grad))
-    for whole, chunked in zip(*results):
-        torch.testing.assert_close(whole, chunked)
+def test_jitter_fills_intervals_evenly_and_is_a_function_of_seed_ray_and_sample() -> None:
+    ids = torch.arange(2000)
+    offsets = jitter_offsets(2**62 - 5, ids, 50)
+    assert 0 <= offsets.min() < 1e-4
+    assert 1 - 1e-4 < offsets.max() < 1
+    counts = torch.histc(offsets, 20, 0, 1)
+    assert ((counts - 5000).abs() < 5 * math.sqrt(5000)).all()
+    centred = offsets - 0.5
+    for one, other in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):  # next ray, next sample
+        assert abs((one * other).mean() * 12) < 5 / math.sqrt(one.numel())
+    torch.testing.assert_close(jitter_offsets(2**62 - 5, ids[700:710], 50), offsets[700:710], rtol=0, atol=0)
+    assert not torch.equal(jitter_offsets(2**62 - 6, ids, 50), offsets)
+    assert not torch.equal(jitter_offsets(2**61 - 5, ids, 50), offsets)  # the upper half of the seed counts too
+    assert jitter_offsets(None, ids[:2], 3).unique().tolist() == [0.5]
