@@ -14,8 +14,8 @@ all, headers and padding included.
 
 Headers are made here, byte for byte those of `tarfile` (a test compares them): a shard has two thousand, and `tarfile`
 builds each through a dozen calls. SHA-256 and CRC-32 (about 2 GB/s each) are the slow part, so they run in threads
-while the next sample is written. webdataset's TarWriter makes the same bytes but its import pulls in torch, which costs 1.2 s
-and 190 MiB in every worker that has it installed.
+while the next sample is written. webdataset's TarWriter makes the same bytes but its import pulls in torch, which costs
+1.2 s and 190 MiB in every worker that has it installed.
 """
 
 from __future__ import annotations
