@@ -172,8 +172,9 @@ except (StoreError, UserError) as error:
     sys.exit(TYPED_EXIT)
 """
 RAY_OBJECTS = 24
-WORKERS = ("ray::IDLE", "ray::render", "ray::assemble")
-"""Names of worker processes; Ray's agents, whose death ends their node, are named "ray::" too."""
+WORKERS = ("ray::make", "ray::assemble")
+"""Names of workers at work. Ray's agents, whose death ends their node, are named "ray::" too; and ray.init of Ray 2.60
+waits for ever if the idle workers that it starts with are killed before they have registered."""
 
 
 def ray_spec() -> Any:
