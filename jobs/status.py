@@ -1,6 +1,6 @@
 """Where a corpus stands, told from its plans and receipts alone: no server, no log, no state of a running job.
 
-One listing and the last 16 KB of every receipt are read, whose footer tells the counts: a fifth of a millisecond each.
+One listing and the last 16 KB of every receipt are read, whose footer tells the counts.
 """
 
 from __future__ import annotations

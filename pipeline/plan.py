@@ -12,8 +12,7 @@ A plan set is one Parquet file, `plans/<plan-set>.parquet`, one row an asset in 
               dead ones.
 
 A set is kept as the columns it is stored in; an `Asset` is built for a shard that is asked for, and a shard's digest is
-checked then (pages have checksums besides). A million assets load in a second or two that way, and fill 0.4 GB instead
-of 2 as objects.
+checked then (pages have checksums besides). Tools that only count never build a million objects that way.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ delta, and the other finds it on its next look. What the source lists no more, o
 nothing: it is left out of the next version. A knob outside `[render]` leaves the fingerprint, so nothing is planned;
 one inside it changes it, and everything is.
 
-Looking reads a few columns of every receipt (0.4 ms each) and sorts no strings: a million objects take about 20 s.
+Looking reads a few columns of every receipt (0.3 to 0.5 ms each) and joins them to the listing by hash, not by sorting.
 """
 
 from __future__ import annotations
@@ -107,12 +107,7 @@ def survey(
     mine = [p for p in plan_sets if p.fingerprint == fingerprint]
     made = sorted((p for p in mine if p.kind != "compact"), key=lambda p: (p.number, p.id))
     present = receipt_sizes(store)
-    state = _State(listing)
-    for plan in made:
-        rules = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}").admission
-        done = [plan_id for plan_id in plan.plan_ids if plan_id in present]
-        for rows in _read_states(store, done):
-            state.add(rows, rules, spec.admission)
+    state = _gather(store, made, present, listing, spec.admission)
     own = [p for p in made if p.kind == "delta" or p.name == spec.name]
     gone = pc.is_in(listing.table["uid"], pa.array(sorted(tombstones), pa.string())).to_numpy(zero_copy_only=False)
     wanted = ~state.held & ~np.asarray(gone, bool)
@@ -120,13 +115,7 @@ def survey(
     planned = np.zeros(len(wanted), bool)
     for _, places, _ in open_places:
         planned[places[places >= 0]] = True
-    if kinds is None:
-        retried = state.failed & state.retryable & (state.tries < RETRY_ROUNDS)
-        relaxed = state.failed & ~retried & state.relaxed
-        fresh = ~state.failed
-    else:
-        retried = state.failed & np.isin(state.kind, sorted(kinds))
-        relaxed = fresh = np.zeros(len(wanted), bool)
+    retried, relaxed, fresh = state.reasons(kinds)
     open_ = wanted & planned
     free = wanted & ~planned
     pending = free & (retried | relaxed | fresh)
@@ -150,6 +139,18 @@ def survey(
         first=not any(p.kind == "delta" or p.id == spec.plan_set_id(fingerprint) for p in made)
         and not (state.held | state.failed | planned).any(),
     )
+
+
+def _gather(
+    store: Store, made: Sequence[PlanSet], present: Mapping[str, int], listing: Listing, rules: AdmissionSpec
+) -> _State:
+    """Read the receipts of these plans, oldest plan first."""
+    state = _State(listing)
+    for plan in made:
+        then = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}").admission
+        for rows in _read_states(store, [plan_id for plan_id in plan.plan_ids if plan_id in present]):
+            state.add(rows, then, rules)
+    return state
 
 
 class _State:
@@ -184,6 +185,14 @@ class _State:
             relaxes(kind, then, now, license)
             for kind, license in zip(rows["failure_kind"].to_pylist(), rows["license"].to_pylist())
         ]
+
+    def reasons(self, kinds: Collection[str] | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which objects [N] may be planned to be retried, because a rule was relaxed, and as never made."""
+        if kinds is not None:
+            nothing = np.zeros(len(self.held), bool)
+            return self.failed & np.isin(self.kind, sorted(kinds)), nothing, nothing
+        retried = self.failed & self.retryable & (self.tries < RETRY_ROUNDS)
+        return retried, self.failed & ~retried & self.relaxed, ~self.failed
 
 
 def relaxes(kind: str, then: AdmissionSpec, now: AdmissionSpec, license: str) -> bool:

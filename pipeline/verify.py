@@ -5,9 +5,8 @@
     deep    every shard is read once: its digest, then every member of every live sample against its row (name, place,
             length, crc32), the JSON against the row, and every picture decoded
 
-A deep check of N bytes takes the time to read and decode them: about 100 MB/s a core for lossless WebP at 512 px. A
-cheap one notices a shard that was cut or lost, not one whose bytes were flipped long ago: the loader's own checks and a
-deep check from time to time are for that.
+A deep check takes the time to read and decode every picture. A cheap one notices a shard that was cut or lost, not one
+whose bytes were flipped long ago: the loader's own checks and a deep check from time to time are for that.
 """
 
 from __future__ import annotations

