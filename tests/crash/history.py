@@ -49,7 +49,7 @@ class Model:
 
     Attributes:
         committed: plan_id of a shard -> uid -> what became of it.
-        versions: what each version showed, oldest first: uid -> ("sample",) or ("failure", kind).
+        versions: what each version showed, oldest first: uid -> ("sample", variant) or ("failure", possible kinds).
         digests: of the versions.
     """
 
@@ -68,7 +68,10 @@ class Model:
                     return None
                 if uid in found and found[uid][0] == result[0] == "sample" and found[uid] != result:
                     return None  # two different samples of one object
-                if uid not in found or result[0] == "sample":
+                before = found.get(uid, result)
+                if before[0] == result[0] == "failure":  # which of several is told is nobody's promise
+                    found[uid] = ("failure", *sorted({*before[1:], *result[1:]}))
+                elif result[0] == "sample":
                     found[uid] = result
         return found or None
 
@@ -182,9 +185,8 @@ class History(RuleBasedStateMachine):
             opened = version.open_version(self.store, number)
             assert opened.digest == digest
             rows = version.open_rows(self.store, opened).to_pylist()
-            assert {row["uid"]: (row["status"], row["failure_kind"]) for row in rows} == {
-                uid: (result[0], result[1] if result[0] == "failure" else None) for uid, result in shown.items()
-            }
+            assert {row["uid"]: row["status"] for row in rows} == {uid: result[0] for uid, result in shown.items()}
+            assert all(row["failure_kind"] in (None, *shown[row["uid"]][1:]) for row in rows)
         for plan in self.model.plans.values():
             for shard in plan.shards:
                 if shard.plan_id in self.model.committed:

@@ -65,6 +65,12 @@ def test_a_lost_reply_is_success_and_leaves_one_copy(bad: Store, proxy: Proxy, p
     assert len(VersionReader(bad, published)) == 4
 
 
+def test_a_lost_reply_does_not_make_the_probe_refuse_a_good_store(bad: Store, proxy: Proxy) -> None:
+    proxy.harm(Fault(lose=True), method="PUT", part=".probe/", times=2)
+    bad.probe()
+    assert len(writes(proxy, ".probe/")) >= 3
+
+
 def test_a_lost_reply_of_a_blob_in_parts(bad: Store, proxy: Proxy, tmp_path: Path) -> None:
     key, path = blob(tmp_path / "blob", 40 * 2**20)
     proxy.harm(Fault(lose=True), method="POST", part=key, query="uploadId")
