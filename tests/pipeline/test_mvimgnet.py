@@ -194,7 +194,6 @@ def test_frames_poses_and_masks_are_joined_by_name() -> None:
 def test_a_model_that_was_made_in_another_folder_is_joined_by_the_last_part_of_its_names() -> None:
     capture = copy_of(made())
     part = capture.models["0"]
-    part["images.bin"] = part["images.bin"].replace(b".jpg\0", b".jpg\0").replace(b"00", b"00", 1)
     for name in capture.frames:
         part["images.bin"] = part["images.bin"].replace(name.encode() + b"\0", b"data/in/" + name.encode() + b"\0")
     assert len(run(capture).views) == NUM_FRAMES
@@ -237,7 +236,7 @@ def test_bad_masks_drop_their_frames_and_too_many_refuse_the_capture() -> None:
         capture.masks[name] = b"GIF89a nothing"
     found = failure(capture)
     assert found.kind == FailureKind.BAD_MASK
-    assert "covers" in found.message
+    assert "6 bad_mask; '001.jpg': the mask is empty" in found.message
 
 
 def test_specks_are_wiped_away_and_masks_of_0_and_1_are_masks() -> None:
@@ -298,7 +297,8 @@ def test_where_the_frame_cuts_the_object_the_view_ends_instead_of_calling_the_un
     capture = made(distance=3.4)
     sample = run(capture)
     cut = np.array(sample.quality["views"]["cut_off"])
-    assert sample.quality["cut_off_share"] == cut.mean() > 0.5
+    assert sample.quality["cut_off_share"] == pytest.approx(cut.mean(), abs=1e-5)
+    assert 0.5 < cut.mean() < 1
     for rgba, is_cut in zip(images_of(sample), cut):
         alpha = rgba[..., 3]
         border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
@@ -407,7 +407,6 @@ def test_few_views_are_spread_over_the_angle() -> None:
     ("rule", "value", "kind"),
     [
         ("min_frames", NUM_FRAMES + 1, FailureKind.TOO_FEW_FRAMES),
-        ("max_reprojection_px", 1e-12, FailureKind.POOR_MODEL),
         ("min_sweep_deg", 179.0, FailureKind.NARROW_SWEEP),
         ("min_mask_agreement", 0.999, FailureKind.MASK_DISAGREES),
     ],
@@ -460,7 +459,8 @@ photo = cv2.imread(image, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
 tone = photo.astype(int).sum(axis=2)
 small = cv2.resize(photo, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
 dark = (small.astype(int).sum(axis=2) < 270) | (small.min(axis=2) > 225)
-dark = cv2.morphologyEx(dark.astype("uint8") * 255, cv2.MORPH_OPEN, cv2.getStructuringElement(2, (7, 7)))
+dark = cv2.morphologyEx(dark.astype("uint8") * 255, cv2.MORPH_CLOSE, cv2.getStructuringElement(2, (9, 9)))
+dark = cv2.morphologyEx(dark, cv2.MORPH_OPEN, cv2.getStructuringElement(2, (7, 7)))
 cv2.imwrite(mask, cv2.resize(dark, photo.shape[1::-1]))
 """
 
