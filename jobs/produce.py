@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import render
 from jobs.ingest_worker import IngestWorker
+from pipeline import capture
 from pipeline.admission import check_file, licence_admits
 from pipeline.sources import AssetSource, CaptureSource, open_captures, open_source
 from pipeline.spec import DatasetSpec, digest_json
@@ -42,10 +43,7 @@ _captures: dict[str, CaptureSource] = {}
 def producer_of(spec: DatasetSpec) -> tuple[Producer, str]:
     """Return what makes a spec's samples, and its name and version as they enter the fingerprint."""
     if spec.is_captured:
-        # Only captures need pycolmap.
-        from pipeline.mvimgnet import producer
-
-        return ingest_capture, producer()
+        return ingest_capture, capture.producer()
     return render_asset, render.producer()
 
 
@@ -95,9 +93,8 @@ def _try(
 
 def _ingest(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
     _check_licence(spec, asset)
-    capture = _source(spec, _captures, open_captures).open_capture(asset)
-    worker = _worker(IngestWorker, spec, fingerprint)
-    return worker.ingest(asset, capture)
+    opened = _source(spec, _captures, open_captures).open_capture(asset)
+    return _worker(IngestWorker, spec, fingerprint).ingest(asset, opened)
 
 
 def _check_licence(spec: DatasetSpec, asset: Asset) -> None:
