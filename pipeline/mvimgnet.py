@@ -22,8 +22,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from pipeline.capture import CaptureFiles
-from pipeline.capture import producer as producer
+from pipeline.capture import CaptureFiles, producer  # noqa: F401 - what this module makes is called by it
 from pipeline.colmap import Model
 from pipeline.frames import OF_ONE_FRAME, Drops, Fault, choose_model, enough, join, pair_names, readable
 from pipeline.lens import sample_view
