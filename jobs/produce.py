@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import render
 from jobs.ingest_worker import IngestWorker
+from pipeline import capture
 from pipeline.admission import check_file, licence_admits
 from pipeline.sources import AssetSource, CaptureSource, open_captures, open_source
 from pipeline.sources.directory import digest_file
@@ -43,10 +44,7 @@ _captures: dict[str, CaptureSource] = {}
 def producer_of(spec: DatasetSpec) -> tuple[Producer, str]:
     """Return what makes a spec's samples, and its name and version as they enter the fingerprint."""
     if spec.is_captured:
-        # Only captures need pycolmap.
-        from pipeline.mvimgnet import producer
-
-        return ingest_capture, producer()
+        return ingest_capture, capture.producer()
     return render_asset, render.producer()
 
 
@@ -110,8 +108,8 @@ def check_device(spec: DatasetSpec, fingerprint: str) -> None:
 
 def _ingest(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
     _check_licence(spec, asset)
-    capture = _source(spec, _captures, open_captures).open_capture(asset)
-    sample = _worker(IngestWorker, spec, fingerprint).ingest(asset, capture)
+    opened = _source(spec, _captures, open_captures).open_capture(asset)
+    sample = _worker(IngestWorker, spec, fingerprint).ingest(asset, opened)
     return replace(sample, provenance=dict(sample.provenance) | {"fetched_at": _now()})
 
 

@@ -1,13 +1,28 @@
 """The files of one capture: frames, masks and COLMAP models, wherever they lie.
 
 A source knows layouts (zips, trees, object storage) and joins frames and masks by name; what follows knows geometry
-and sees this.
+and sees this. Nothing here imports pycolmap, which puts signal handlers of its own into the process that does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import cv2
+
+CAPTURE_REVISION = 1
+"""Raise it when code changes what a capture's pixels, cameras or figures become."""
+
+
+def producer() -> str:
+    """Return the name and versions that decide a capture's pixels."""
+    try:
+        colmap = version("pycolmap")
+    except PackageNotFoundError:
+        colmap = "none"
+    return f"captures revision {CAPTURE_REVISION}, OpenCV {cv2.__version__}, pycolmap {colmap}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

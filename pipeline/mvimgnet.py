@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-import pycolmap
 
-from pipeline.capture import CaptureFiles
+from pipeline.capture import CaptureFiles, producer  # noqa: F401 - what this module makes is called by it
 from pipeline.colmap import Model
 from pipeline.frames import OF_ONE_FRAME, Drops, Fault, choose_model, enough, join, pair_names, readable
 from pipeline.lens import sample_view
@@ -47,9 +46,6 @@ from pipeline.sample import encode_rgba
 from pipeline.spec import CaptureSpec, DatasetSpec
 from pipeline.types import Asset, AssetError, Camera, FailureKind, Float64, Normalization, Sample, View, derive_seed
 
-CAPTURE_REVISION = 1
-"""Raise it when code changes what a capture's pixels, cameras or figures become."""
-
 MIN_VIEW_AGREEMENT = 0.5
 MAX_JUMP = 3.0
 """A view whose mask is so many times larger, or smaller, than those of both its neighbours, at one distance."""
@@ -57,11 +53,6 @@ JUMP_AGREEMENT = 0.7
 """A jump is forgiven where the mask agrees with the points so well: a book seen edge on is thin indeed."""
 MAX_MISS = 0.5
 """Rays through the masks' centroids must meet within this share of the object's half size."""
-
-
-def producer() -> str:
-    """Return the name and versions that decide a capture's pixels."""
-    return f"captures revision {CAPTURE_REVISION}, OpenCV {cv2.__version__}, pycolmap {pycolmap.__version__}"
 
 
 def ingest(files: CaptureFiles, asset: Asset, spec: DatasetSpec, fingerprint: str) -> Sample:

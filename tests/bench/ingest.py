@@ -1,6 +1,6 @@
 """`make bench-ingest`: captures from zip to shard, beside the least that such work can cost, alternating.
 
-    python -m tests.bench.ingest [--captures 100] [--frames 30] [--rounds 5] [--cores 2]
+    python -m tests.bench.ingest [--captures 100] [--frames 30] [--rounds 5] [--cores 2] [--distinct 3]
 
 Captures are made as MVImgNet's: 30 JPEGs of 1080 x 1920 with the noise of a phone's video, masks as PNG beside them, a
 SIMPLE_RADIAL COLMAP model of a thousand points, all in a zip. A few different ones are made and stand in the zip often.
@@ -20,6 +20,7 @@ import math
 import os
 import statistics
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -49,7 +50,6 @@ WIDTH, HEIGHT, FOCAL, RADIAL = 1080, 1920, 1500.0, 0.05
 JPEG_QUALITY = 90
 DISTANCE = 4.5
 NUM_POINTS = 1000
-DISTINCT = 3
 SIZE_PX = 512
 
 
@@ -60,15 +60,19 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--distinct", type=int, default=3, help="different captures in the zip")
     args = parser.parse_args()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(prefix="lrm-bench-") as folder:
-        print(json.dumps(measure(Path(folder), args.captures, args.frames, args.rounds, args.cores)))
+        made = make_zip(Path(folder) / "mvi_00.zip", args.captures, args.frames, args.distinct)
+        print(json.dumps(measure(Path(folder), made, args.captures, args.rounds, args.cores)))
 
 
-def measure(folder: Path, num_captures: int, num_frames: int, num_rounds: int, num_cores: int) -> dict[str, Any]:
-    """Return the benchmark's record."""
-    made = make_zip(folder / "mvi_00.zip", num_captures, num_frames)
+def measure(
+    folder: Path, made: Sequence[Sequence[bytes]], num_captures: int, num_rounds: int, num_cores: int
+) -> dict[str, Any]:
+    """Return the benchmark's record; `made` are the JPEGs of the captures of the zip in `folder`."""
+    num_frames = len(made[0])
     spec = DatasetSpec(
         name="bench",
         source=MvimgnetSource(path=str(folder)),
@@ -95,6 +99,9 @@ def measure(folder: Path, num_captures: int, num_frames: int, num_rounds: int, n
             ours.append(sum(len(one.views) for one in samples) / (time.perf_counter() - begun))
             assert all(len(one.views) == num_frames for one in samples), "a frame was dropped"
             limit.append(measure_limit([made[i % len(made)] for i in range(len(part))], pictures, num_cores))
+            print(
+                f"{start + len(part)} captures: {ours[-1]:.2f}, {limit[-1]:.2f} frames/s", file=sys.stderr, flush=True
+            )
         growth = workers.growth()
     frames_per_s, limit_per_s = statistics.median(ours), statistics.median(limit)
     return {
@@ -200,9 +207,9 @@ class _Memory:
             self.peak_bytes = max(self.peak_bytes, total)
 
 
-def make_zip(path: Path, num_captures: int, num_frames: int) -> list[list[bytes]]:
+def make_zip(path: Path, num_captures: int, num_frames: int, num_distinct: int) -> list[list[bytes]]:
     """Write an MVImgNet zip; return the JPEGs of its different captures."""
-    different = [make_capture(seed, num_frames) for seed in range(min(DISTINCT, num_captures))]
+    different = [make_capture(seed, num_frames) for seed in range(min(num_distinct, num_captures))]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for i in range(num_captures):
             files = different[i % len(different)]

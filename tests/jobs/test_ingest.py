@@ -206,6 +206,11 @@ def test_the_child_has_no_secrets_and_ends_with_its_worker(fake: MakeWorker, mon
     assert not child.is_running()
 
 
+def test_the_driver_stays_free_of_pycolmap_which_takes_its_signals() -> None:
+    code = "import sys, jobs.build, jobs.check; sys.exit('pycolmap' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_children_are_recycled(fake: MakeWorker) -> None:
     worker = fake(objects_per_child=2)
     pids = [ingest(worker, "good").quality["pid"] for _ in range(4)]

@@ -262,7 +262,7 @@ def edited(data: bytes, how: str, where: float, value: int) -> bytes:
 
 
 @given(st.booleans(), st.integers(0, 1), EDITS)
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_models_give_typed_errors_and_take_nothing_down(
     child: Child, text: bool, seed: int, edits: list[tuple[int, str, float, int]]
 ) -> None:
