@@ -15,6 +15,7 @@ import io
 import math
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -455,6 +456,14 @@ def png(image: Array) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(image).save(sink, "PNG")
     return sink.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a hundred bytes whose header, checksum and all, promises 3.6 gigapixels."""
+    data = bytearray(png(np.zeros((8, 8, 3), np.uint8)))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
 
 
 def jpeg(rgb: Array, quality: int = 95) -> bytes:

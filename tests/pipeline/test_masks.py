@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from pipeline import masks
 from pipeline.masks import clean, hook_mask, hook_name
 from pipeline.photos import decode_mask, decode_photo, image_size
 from pipeline.types import AssetError, FailureKind
-from tests.captures import jpeg, png
+from tests.captures import bomb, jpeg, png
 
 
 def disc(radius: int = 60, at: tuple[int, int] = (100, 140), size: tuple[int, int] = (280, 200)) -> np.ndarray:
@@ -68,7 +69,7 @@ def test_specks_go_and_holes_and_second_parts_stay() -> None:
 
 
 @given(st.integers(0, 254), st.integers(0, 255))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_threshold_decides_what_is_object(threshold: int, value: int) -> None:
     binary, _ = clean((disc() > 0).astype(np.uint8) * np.uint8(value), threshold)
     assert bool(binary.any()) == (value > threshold)
@@ -89,13 +90,11 @@ def test_masks_of_every_kind_decode_to_one() -> None:
     assert ((decode_mask(jpeg(np.dstack([mask] * 3)), "jpeg") > 127) == (mask > 0)).mean() > 0.998
 
 
-def test_a_picture_is_refused_by_its_header_before_it_is_decoded() -> None:
-    data = bytearray(png(np.zeros((8, 8), np.uint8)))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
-    for decode in (decode_mask, decode_photo):
-        with pytest.raises(AssetError) as error:
-            decode(bytes(data), "bomb.png")  # type: ignore[operator]
-        assert error.value.kind == FailureKind.TOO_LARGE
+@pytest.mark.parametrize("decode", [decode_mask, decode_photo])
+def test_a_picture_is_refused_by_its_header_before_it_is_decoded(decode: Callable[[bytes, str], object]) -> None:
+    with pytest.raises(AssetError) as error:
+        decode(bomb(), "bomb.png")
+    assert error.value.kind == FailureKind.TOO_LARGE
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>no</html>", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + bytes(40)])
@@ -105,11 +104,11 @@ def test_what_is_no_picture_is_named(data: bytes) -> None:
     assert error.value.kind == FailureKind.CORRUPT_FILE
 
 
-def test_a_jpeg_that_ends_early_is_refused_although_decoders_fill_it_with_grey() -> None:
+def test_a_jpeg_that_ends_early_is_refused_although_many_decoders_fill_it_with_grey() -> None:
     data = jpeg(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8))
-    assert cv2.imdecode(np.frombuffer(data[: len(data) // 2], np.uint8), 1) is not None
-    with pytest.raises(AssetError, match="without its end"):
-        decode_photo(data[: len(data) // 2], "x.jpg")
+    for length in (len(data) // 2, len(data) - 200, len(data) - 1):
+        with pytest.raises(AssetError, match="without its end"):
+            decode_photo(data[:length], "x.jpg")
     assert decode_photo(data + b"trailer of a phone", "x.jpg")[0].shape == (200, 300, 3)
 
 
@@ -130,11 +129,13 @@ def test_a_shrunk_photo_covers_the_same_ground_whatever_its_format(shrink: int) 
 @settings(max_examples=60, deadline=None)
 def test_any_bytes_give_a_picture_or_a_typed_error(data: bytes) -> None:
     for start in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBP"):
-        try:
-            image_size(start + data, "x")
-            decode_mask(start + data, "x")
-        except AssetError as error:
-            assert error.kind in (FailureKind.CORRUPT_FILE, FailureKind.TOO_LARGE)
+        kinds = set()
+        for decode in (image_size, decode_mask, decode_photo):
+            try:
+                decode(start + data, "x")
+            except AssetError as error:
+                kinds.add(error.kind)
+        assert kinds <= {FailureKind.CORRUPT_FILE, FailureKind.TOO_LARGE}
 
 
 def test_a_hook_that_hangs_is_ended_and_one_that_talks_without_end_is_cut(

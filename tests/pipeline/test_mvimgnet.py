@@ -20,7 +20,7 @@ from pipeline.sample import decode_rgba
 from pipeline.shard import write_shard
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, FailureKind, Sample, UserError
-from tests.captures import Capture, capture_of_renders, colmap_files, jpeg, make_capture, picture, png
+from tests.captures import Capture, bomb, capture_of_renders, colmap_files, jpeg, make_capture, picture, png
 from tests.conftest import SHARED
 
 ASSET = Asset(uid="0/00c0ffee", source="mvimgnet", uri="mvi_00.zip", format="capture", license="MVImgNet-ToU")
@@ -350,13 +350,6 @@ def test_an_exif_orientation_is_left_alone_because_colmap_does_not_see_it() -> N
     assert cv2.imdecode(np.frombuffer(next(iter(capture.frames.values())), np.uint8), 1).shape[:2] == (270, 480)
     for one, two in zip(plain, images_of(run(capture))):
         assert (one == two).all()
-
-
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header promises 2.5 gigapixels."""
-    data = bytearray(png(np.zeros((8, 8, 3), np.uint8)))
-    data[16:24] = (50_000).to_bytes(4, "big") * 2
-    return bytes(data)
 
 
 def test_damaged_frames_are_dropped_and_the_views_chosen_again() -> None:

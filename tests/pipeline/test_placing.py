@@ -87,7 +87,7 @@ def test_a_stray_point_does_not_decide_the_size_and_a_thin_end_stays() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_lines_through_a_point_meet_there(seed: int) -> None:
     rng = np.random.default_rng(seed)
     place = rng.normal(size=3)
@@ -99,7 +99,7 @@ def test_lines_through_a_point_meet_there(seed: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_world_has_up_on_z_and_the_first_camera_on_the_side_of_minus_y(seed: int) -> None:
     rng = np.random.default_rng(seed)
     up = rng.normal(size=3)
