@@ -15,8 +15,9 @@ import io
 import math
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ import pycolmap
 from PIL import Image
 
 from pipeline.capture import CaptureFiles
-from pipeline.types import AssetError, FailureKind
+from pipeline.sample import decode_data, decode_rgba
+from pipeline.types import AssetError, Camera, FailureKind, Sample
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -456,6 +458,70 @@ def png(image: Array) -> bytes:
     return sink.getvalue()
 
 
+def bomb() -> bytes:
+    """A PNG of a hundred bytes whose header, checksum and all, promises 3.6 gigapixels."""
+    data = bytearray(png(np.zeros((8, 8, 3), np.uint8)))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
 def jpeg(rgb: Array, quality: int = 95) -> bytes:
     """Encode RGB [H, W, 3] as JPEG."""
     return cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def bent_photo(view_rgba: Array, camera: Camera, lens: Bend, background: tuple[int, int, int]) -> tuple[Array, Array]:
+    """A pinhole render as the lens would have photographed it: (RGB [H, W, 3], mask [H, W] 0 or 255)."""
+    columns, rows = np.arange(lens.width) + 0.5, np.arange(lens.height) + 0.5
+    u = lens.plane(np.stack(np.meshgrid(columns, rows), -1))
+    k = camera.intrinsics
+    x = (u[..., 0] * k[0, 0] + k[0, 2] - 0.5).astype(np.float32)
+    y = (u[..., 1] * k[1, 1] + k[1, 2] - 0.5).astype(np.float32)
+    alpha = view_rgba[..., 3:].astype(np.float32) / 255
+    premultiplied = np.concatenate([view_rgba[..., :3] * alpha, alpha], -1).astype(np.float32)
+    seen = cv2.remap(premultiplied, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT)
+    cover = np.clip(seen[..., 3:], 0, 1)
+    photo = np.clip(seen[..., :3] + (1 - cover) * background, 0, 255)
+    return np.rint(photo).astype(np.uint8), np.where(cover[..., 0] >= 0.5, 255, 0).astype(np.uint8)
+
+
+def capture_of_renders(sample: Sample, *, model: str = "SIMPLE_RADIAL", width: int = 400, height: int = 520) -> Capture:
+    """Make a capture of a rendered sample: its views through a lens, its points from its depth planes.
+
+    The COLMAP world is the render's, shifted by (3, -1, 2) and scaled by 1.7.
+    """
+    focal = 1.05 * float(sample.views[0].camera.intrinsics[0, 0]) * max(width, height) / sample.views[0].camera.width
+    bend = bend_of(model, width, height)
+    lens = replace(bend, fx=focal, fy=focal * bend.fy / bend.fx, k1=bend.k1 / 2)
+    rng, scale, shift = np.random.default_rng(0), 1.7, np.array([3.0, -1.0, 2.0])
+    frames, masks, poses, depths, places = {}, {}, {}, {}, []
+    for view in sample.views:
+        name = f"{view.index:03d}.jpg"
+        photo, mask = bent_photo(decode_rgba(view.planes["rgba"].data), view.camera, lens, (120, 130, 125))
+        frames[name], masks[name] = jpeg(photo, 97), png(mask)
+        pose = np.linalg.inv(view.camera.world_from_camera)[:3]
+        poses[name] = np.c_[pose[:, :3], scale * pose[:, 3] - pose[:, :3] @ shift]
+        depths[name] = decode_data("depth", view.planes["depth"])
+        rows, columns = np.nonzero(cv2.erode((depths[name] > 0).astype(np.uint8), np.ones((3, 3), np.uint8)))
+        pick = rng.choice(len(rows), min(120, len(rows)), replace=False)
+        z = depths[name][rows[pick], columns[pick]].astype(float)
+        pixels = np.stack([columns[pick] + 0.5, rows[pick] + 0.5, np.ones(len(pick))], 1)
+        local = pixels @ np.linalg.inv(view.camera.intrinsics).T * z[:, None]
+        places.append(local @ view.camera.world_from_camera[:3, :3].T + view.camera.world_from_camera[:3, 3])
+    points = np.concatenate(places)
+    seen = {}
+    for view in sample.views:
+        name = f"{view.index:03d}.jpg"
+        local = (points - view.camera.world_from_camera[:3, 3]) @ view.camera.world_from_camera[:3, :3]
+        at = np.nan_to_num(view.camera.project(points), nan=-1)
+        inside = ((at >= 0) & (at < view.camera.width)).all(axis=1)
+        column, row = np.where(inside[:, None], at, 0).astype(int).T
+        pixels = lens.pixels(local[:, :2] / local[:, 2:])
+        shown = (pixels >= 0).all(axis=1) & (pixels < (width, height)).all(axis=1)
+        seen[name] = (pixels, inside & shown & (np.abs(depths[name][row, column] - local[:, 2]) < 0.01))
+    files = colmap_files(lens.camera(model), poses, scale * points + shift, seen)
+    return Capture(
+        frames=frames, masks=masks, models={"0": files}, lens=lens, discs=np.zeros((0, 3)), corners=np.zeros((0, 3)),
+        up=np.array([0.0, 0, 1]), poses=poses, visible={},
+    )  # fmt: skip

@@ -160,6 +160,7 @@ def test_fine_stripes_become_grey_not_coarse_stripes() -> None:
 
 
 @given(st.floats(1, 2), st.floats(1, 2))
+@settings(deadline=None)
 def test_the_filter_grows_with_what_it_must_remove(a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert filter_sigma(low) <= filter_sigma(high) + 1e-12
@@ -167,7 +168,7 @@ def test_the_filter_grows_with_what_it_must_remove(a: float, b: float) -> None:
 
 
 @given(st.integers(0, 255), st.integers(0, 255))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_straight_alpha_gives_the_same_picture_over_any_background(colour: int, alpha: int) -> None:
     premultiplied = np.zeros((1, 1, 4), np.uint8)
     premultiplied[..., :3], premultiplied[..., 3] = round(colour * alpha / 255), alpha

@@ -20,7 +20,7 @@ from pipeline.sample import decode_rgba
 from pipeline.shard import write_shard
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, FailureKind, Sample, UserError
-from tests.captures import Capture, colmap_files, jpeg, make_capture, picture, png
+from tests.captures import Capture, bomb, capture_of_renders, colmap_files, jpeg, make_capture, picture, png
 from tests.conftest import SHARED
 
 ASSET = Asset(uid="0/00c0ffee", source="mvimgnet", uri="mvi_00.zip", format="capture", license="MVImgNet-ToU")
@@ -352,13 +352,6 @@ def test_an_exif_orientation_is_left_alone_because_colmap_does_not_see_it() -> N
         assert (one == two).all()
 
 
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header promises 2.5 gigapixels."""
-    data = bytearray(png(np.zeros((8, 8, 3), np.uint8)))
-    data[16:24] = (50_000).to_bytes(4, "big") * 2
-    return bytes(data)
-
-
 def test_damaged_frames_are_dropped_and_the_views_chosen_again() -> None:
     capture = copy_of(made())
     names = list(capture.frames)
@@ -508,3 +501,49 @@ def test_a_hook_that_cannot_be_run_is_the_users_mistake() -> None:
 def test_the_producer_names_what_decides_pixels() -> None:
     for word in ("revision", "OpenCV", "pycolmap"):
         assert word in producer()
+
+
+@pytest.mark.blender
+@pytest.mark.parametrize("model", ["SIMPLE_RADIAL", "OPENCV"])
+def test_a_capture_of_our_own_renders_gives_the_renders_back(model: str, rendered: Sample, tmp_path: Path) -> None:
+    """Rendered, bent by a lens, ingested: the world comes back but for a turn about z, and the pictures fit it."""
+    capture = capture_of_renders(rendered, model=model)
+    spec = spec_of(admission={"min_frames": 6})
+    sample = run(capture, spec)
+    norm = sample.normalization
+    # COLMAP's world is the render's, shifted and scaled: so the way back to it is known, up to a turn about z.
+    ours = np.stack([view.camera.world_from_camera[:3, 3] for view in sample.views])
+    index = [int(name[:3]) for name in sample.quality["frame_names"]]
+    true = np.stack([rendered.views[i].camera.world_from_camera[:3, 3] for i in index])
+    back = (ours - norm.translation) @ norm.rotation / norm.scale
+    np.testing.assert_allclose((back - [3, -1, 2]) / 1.7, true, atol=1e-9)
+    assert np.degrees(np.arccos(norm.rotation[2, 2])) < 1
+    # What a render shows at the pixel of a surface point, the ingested view shows at that of the same point.
+    errors = []
+    for view, i in zip(sample.views, index):
+        source = rendered.views[i]
+        ours_rgba = decode_rgba(view.planes["rgba"].data)
+        theirs_rgba = decode_rgba(source.planes["rgba"].data)
+        size = view.camera.width
+        homography = source.camera.intrinsics @ np.linalg.inv(view.camera.intrinsics)  # one centre, one direction
+        grid = np.stack([*np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), np.ones((size, size))], -1)
+        at = (grid @ homography.T).astype(np.float32)
+        expected = cv2.remap(theirs_rgba, at[..., 0] - 0.5, at[..., 1] - 0.5, cv2.INTER_AREA)
+        pair = [x[..., :3].mean(axis=-1) * (x[..., 3] / 255) for x in (expected, ours_rgba)]
+        shift, _ = cv2.phaseCorrelate(*(x.astype(np.float32) for x in pair))
+        errors.append(float(np.hypot(*shift)))
+    assert max(errors) < 0.3, errors
+    assert_clean(sample, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """Eight views of one embedded object by our own renderer, with depth."""
+    pytest.importorskip("bpy")
+    from render.worker import RenderWorker
+
+    render = {"num_views": 8, "resolution_px": 320, "samples": 8, "planes": ("rgba", "depth"), "preset": "uncropped"}
+    spec = DatasetSpec.model_validate({"name": "t", "source": {"kind": "procedural"}, "render": render})
+    asset = Asset(uid="procedural-3", source="procedural", uri="procedural:3", format="procedural", license="CC0-1.0")
+    with RenderWorker(spec, fingerprint="f" * 64, num_threads=2, scratch_dir=tmp_path_factory.mktemp("s")) as worker:
+        return worker.render(asset, None)
