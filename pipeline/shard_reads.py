@@ -9,9 +9,9 @@ as many threads hand the interpreter to each other. Mapping shards into memory w
 while it is mapped ends the process by SIGBUS instead of one sample by an error.
 
 **Retries and hedges.** What fails is tried again by obstore's client (`pipeline.store`). What is merely slow is not: a
-span that took longer than `hedge_factor` times the usual is asked for a second time and the first answer counts. Usual
-is a running mean for its size, and at most one request in twenty is hedged, so that a store which is slow as a whole is
-not asked twice for everything.
+span that takes longer than `hedge_factor` times the running mean, and a quarter of a second, is asked for a second time
+and the first answer counts. At most one request in twenty is hedged, so that a store which is slow as a whole is not
+asked twice for everything.
 
 Short answers are damage, never data: a length that differs from what was asked for is raised as DamagedDataError where
 the shard has another size than its version says, and as StoreError otherwise.
@@ -196,7 +196,7 @@ class FolderReads:
 
 @dataclass(slots=True)
 class _Usual:
-    """Running means of seconds to answer and seconds a byte, from which the usual time of a request follows."""
+    """Running mean of the seconds that requests take."""
 
     base_s: float = 0.0
     count: int = 0

@@ -134,6 +134,7 @@ class Bench:
         self._seconds, self._batches = seconds, batches
         self._local_cache = scratch / "local"
         self._warmed: set[str] = set()
+        self._num_runs = 0
 
     def measure(self, name: str, contestants: list[str], rounds: int) -> dict[str, Any]:
         """Return the row of a setting: the best of the rounds, by contestant."""
@@ -154,8 +155,9 @@ class Bench:
 
     def _run(self, name: str, contestant: str) -> dict[str, Any]:
         remote, environment = name.startswith("s3"), os.environ.copy()
-        scratch = self._scratch / "run" if remote else self._local_cache
-        shutil.rmtree(self._scratch / "run", ignore_errors=True)
+        self._num_runs += 1
+        shutil.rmtree(self._scratch / f"run-{self._num_runs - 1}", ignore_errors=True)
+        scratch = self._scratch / f"run-{self._num_runs}" if remote else self._local_cache
         scratch.mkdir(parents=True, exist_ok=True)
         job: dict[str, Any] = {
             "contestant": contestant, "root": str(self._root), "scratch": str(scratch), "from_start": remote,

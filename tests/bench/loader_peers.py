@@ -72,7 +72,7 @@ class Pick:
     def __call__(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         cv2.setNumThreads(0)
         views = random.sample(range(NUM_VIEWS), PICKED)
-        meta = json.loads(sample["json"])["views"]
+        meta = json.loads(bytes(sample["json"]))["views"]
         images = np.stack([self._decode(sample[f"{view:03d}{self._suffix}"]) for view in views])
         poses = np.array([meta[view]["world_from_camera"] for view in views], np.float32)
         intrinsics = np.array([meta[view]["intrinsics"] for view in views], np.float32)

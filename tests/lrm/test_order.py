@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrm.order import KeyedDraws, SampleOrder, permute
@@ -82,6 +82,7 @@ def test_keyed_draws_stay_below_their_bound() -> None:
     assert sorted(KeyedDraws(5).choose(6, 6)) == list(range(6))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(0, 2**40))
 def test_blocks_hold_every_row_and_work_on_few_shards_at_a_time(
     num_rows: int, block_shards: int, epoch: int, copies: int, seed: int
@@ -113,6 +114,7 @@ def test_blocks_differ_from_epoch_to_epoch_and_mix_their_shards() -> None:
     assert len({row // 5 for row in first[:20]}) >= 5, "twenty samples of a block come from many of its eight shards"
 
 
+@settings(deadline=None)
 @given(st.integers(8, 80), st.sampled_from([0.25, 0.5, 1.5]), st.integers(0, 2**40))
 def test_a_fraction_takes_other_rows_each_epoch_and_all_in_turn(half: int, weight: float, seed: int) -> None:
     num = 4 * half

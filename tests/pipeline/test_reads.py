@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.reader import DamagedDataError, VersionReader
@@ -148,6 +148,7 @@ def test_a_cut_shard_on_a_server_is_damage_and_an_unreachable_server_is_not(tmp_
     web.server_close()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), min_size=1, max_size=8), st.integers(0, 30))
 def test_joined_spans_cover_the_ranges_and_bridge_small_gaps_alone(ranges: list[tuple[int, int]], gap: int) -> None:
     spans = join_spans([start for start, _ in ranges], [length for _, length in ranges], gap)
