@@ -154,7 +154,12 @@ def _one_minus_exp_minus(x):
 
 @triton.jit
 def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
+    """Return log(1 + exp(x)), with log(1 + z) = 2 artanh(z / (2 + z)): by a logarithm thin densities would be lost."""
+    z = tl.exp(-tl.abs(x))
+    s = z / (2 + z)  # at most 1/3
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(x, 0.0) + 2 * s * series
 
 
 @triton.jit
