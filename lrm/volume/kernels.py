@@ -154,12 +154,10 @@ def _one_minus_exp_minus(x):
 
 @triton.jit
 def _softplus(x):
-    """Return log(1 + exp(x)), with log(1 + z) = 2 artanh(z / (2 + z)): by a logarithm thin densities would be lost."""
+    """Return log(1 + exp(x)); the logarithm by its series near 1, where thin densities would be lost to rounding."""
     z = tl.exp(-tl.abs(x))
-    s = z / (2 + z)  # at most 1/3
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-    return tl.maximum(x, 0.0) + 2 * s * series
+    series = z * (1 - z * (1 / 2 - z * (1 / 3 - z * (1 / 4 - z * (1 / 5 - z / 6)))))
+    return tl.maximum(x, 0.0) + tl.where(z < 0.1, series, tl.log(1 + z))
 
 
 @triton.jit
