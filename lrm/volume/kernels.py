@@ -154,7 +154,10 @@ def _one_minus_exp_minus(x):
 
 @triton.jit
 def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
+    """Return log(1 + exp(x)); the logarithm by its series near 1, where thin densities would be lost to rounding."""
+    z = tl.exp(-tl.abs(x))
+    series = z * (1 - z * (1 / 2 - z * (1 / 3 - z * (1 / 4 - z * (1 / 5 - z / 6)))))
+    return tl.maximum(x, 0.0) + tl.where(z < 0.1, series, tl.log(1 + z))
 
 
 @triton.jit

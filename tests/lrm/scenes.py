@@ -31,14 +31,15 @@ class Scene:
 def make_scene(
     *, seed: int, batch: int = 1, views: int = 1, image_px: tuple[int, int] = (4, 4), resolution: int = 6,
     channels: int = 3, layers: int = 3, width: int = 16, num_samples: int = 5, jitter: int | None = None,
-    focal: float = 1.2, device: str = "cpu",
+    focal: float = 1.2, density_bias: float = -1.0, device: str = "cpu",
 ) -> Scene:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    field = RadianceField(channels, VolumeConfig(mlp_layers=layers, mlp_width=width, samples_per_ray=num_samples))
+    config = VolumeConfig(mlp_layers=layers, mlp_width=width, samples_per_ray=num_samples, density_bias=density_bias)
+    field = RadianceField(channels, config)
     with torch.no_grad():
         for layer in field.layers:
             layer.weight.copy_(normal(*layer.weight.shape) * (2 / layer.in_features) ** 0.5)
@@ -75,6 +76,7 @@ def scenes(draw: st.DrawFn, device: str = "cpu") -> Scene:
         num_samples=draw(st.integers(2, 9)),
         jitter=draw(st.none() | st.integers(0, 2**63 - 1)),
         focal=draw(st.sampled_from([0.4, 1.2, 12.0])),  # most rays miss; some; neighbours within a texel
+        density_bias=draw(st.sampled_from([-1.0, 3.0, -12.0])),  # mist; nearly a wall; alpha of 1e-5
         device=device,
     )
 
@@ -83,13 +85,14 @@ def outputs_and_gradients(scene: Scene, render: Callable[[Tensor, nn.Module], Re
     """Return rgb, alpha, depth of a renderer, and the gradients of planes and layers of a random mix of them.
 
     A layer's gradient is that of [weight | bias] together: a bias' own is a sum whose terms may cancel by chance, and
-    the rounding of the terms then is large beside it.
+    the rounding of the terms then is large beside it. Depth counts by its alpha, since it is a quotient by it.
     """
     generator = torch.Generator().manual_seed(1)
     planes = scene.planes.clone().requires_grad_()
     scene.field.zero_grad()
     out = render(planes, scene.field)
-    mixed = [(v * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in out]
+    values = (out.rgb, out.alpha, out.depth * out.alpha.detach())
+    mixed = [(v * torch.randn(v.shape, generator=generator).to(v.device)).sum() for v in values]
     sum(mixed).backward()  # type: ignore[union-attr]
     gradients = {
         f"layer {i}": torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)

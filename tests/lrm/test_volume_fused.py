@@ -2,8 +2,9 @@
 
 Tolerances, of the Euclidean norm of each output and each gradient relative to the reference's in float32:
 
-    products in float32     1e-5 for all      (largest seen over 45 random scenes: 4e-7 outputs, 3.4e-6 gradients)
-    products in bfloat16    1e-2 for rgb, alpha and depth                (largest seen: 3.5e-3)
+    products in float32     5e-6 for rgb, alpha and depth, 2e-5 for gradients     (largest seen over 121 random scenes,
+                            from mist to walls: 7e-7 and 4.3e-6)
+    products in bfloat16    1e-2 for rgb, alpha and depth                         (largest seen over 45: 3.5e-3)
 
 Gradients in bfloat16 are off by as much as rounding makes a ReLU change sides, 2e-2 in the median and 0.17 at most in
 these small scenes. So they are judged by what autocast, rounding in the same places, makes of the reference's own.
@@ -55,7 +56,8 @@ def test_it_gives_what_the_reference_gives(scene: Scene) -> None:
     wanted, found = by_reference(scene), by_fused(scene, "fp32")
     assert found.keys() == wanted.keys()
     errors = {name: relative_error(found[name], value) for name, value in wanted.items()}
-    assert max(errors.values()) < 1e-5, errors
+    for name, error in errors.items():
+        assert error < (5e-6 if name in ("rgb", "alpha", "depth") else 2e-5), errors
 
 
 def test_rounding_to_bfloat16_costs_no_more_than_it_costs_the_reference_under_autocast() -> None:
