@@ -209,7 +209,7 @@ def test_a_record_that_comes_short_is_never_believed(bad: Store, proxy: Proxy, p
 
 def _read_all(corpus: Store, part: str) -> None:
     if part in ("manifests/", "versions/"):
-        VersionReader(corpus, version.open_version(corpus, 1))
+        _ = VersionReader(corpus, version.open_version(corpus, 1)).rows
     else:
         for plan in version.plan_sets(corpus):
             for shard in plan.shards:
