@@ -128,15 +128,18 @@ def test_an_interrupt_is_said_and_leaves_no_process(tmp_path: Path, number: sign
     )  # fmt: skip
     assert driver.stderr is not None
     said = b""
-    while b"render:" not in said:  # the bar stands once Ray does
-        said += (piece := driver.stderr.read1(1000))  # type: ignore[attr-defined]
-        assert piece, said
-    time.sleep(3)
-    tree = psutil.Process(driver.pid).children(recursive=True)
-    begun = time.monotonic()
-    driver.send_signal(number)
-    said = driver.communicate(timeout=30)[1]
-    assert time.monotonic() - begun < 10
+    try:
+        while b"objects:" not in said:  # the bar stands once Ray does
+            said += (piece := driver.stderr.read1(1000))  # type: ignore[attr-defined]
+            assert piece, said
+        time.sleep(3)
+        tree = psutil.Process(driver.pid).children(recursive=True)
+        begun = time.monotonic()
+        driver.send_signal(number)
+        said = driver.communicate(timeout=30)[1]
+        assert time.monotonic() - begun < 10
+    finally:
+        driver.terminate()  # a run that goes on would take the cores from all that follows
     assert driver.returncode == 130, said
     assert b"interrupted: committed shards" in said
     assert b"Traceback" not in said

@@ -93,7 +93,7 @@ def test_a_gpu_that_only_ray_believes_in_ends_the_run_in_one_line(tmp_path: Path
     done = render(tmp_path, *CUDA, num_gpus=1)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("\r", "render:")) and line]
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("\r", "objects:")) and line]
     assert line.startswith("error: no CUDA device is here (workers.device = 'cuda')")
     assert line.endswith(f" (on {socket.gethostname()})")
     assert list((tmp_path / "corpus").rglob("*.parquet")) == [], "nothing is committed, and no plan stays behind"
