@@ -54,8 +54,9 @@ def produce_poison(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
         path = Path(f"/nowhere/{mode}.glb")
         if mode == "hang":
             spec = spec.model_copy(update={"limits": spec.limits.model_copy(update={"deadline_s": 2.0})})
-        return produce_module._worker(spec, fingerprint).render(replace(asset, uri=str(path), format="glb"), path)
+        worker = produce_module._worker(worker_module.RenderWorker, spec, fingerprint)
+        return worker.render(replace(asset, uri=str(path), format="glb"), path)
 
     worker_module.default_command = lambda: [sys.executable, "-P", "-s", str(FAKE_CHILD)]
-    produce_module._attempt = attempt
+    produce_module._render = attempt
     return produce_module.render_asset(spec, fingerprint, asset)
