@@ -1,8 +1,9 @@
 """The checks over an archive of captures, and nothing else: what `make check-captures` runs, on this machine.
 
 Each capture goes through the very code that ingests it, in a supervised child a core, but with a few views of few
-pixels: masks and models are read and judged in full, while of the photos only those views are decoded. So photos that are damaged, and rules on pictures (`admission.min_thickness` and the
-like), are judged by these few views only. Nothing is written but the page.
+pixels: masks and models are read and judged in full, while of the photos only those views are decoded. So photos that
+are damaged, and rules on pictures (`admission.min_thickness` and the like), are judged by these few views only. Nothing
+is written but the page.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Photos and models come from strangers, so they are opened in a supervised child 
 network, no credentials), as 3D files are. The bytes come from where only this process may read, zips on object storage
 among them; so it reads, and the child decodes. A capture is a dozen MB through a pipe, little beside the second or more
 that decoding, resampling and encoding it takes (`make bench-ingest` measures all of it), and a child that a file takes
-over has nothing to steal and nowhere to send it. The digest of a sample is computed here too, from what was handed over, not
-from what the child says.
+over has nothing to steal and nowhere to send it. The digest of a sample is computed here too, from what was handed
+over, not from what the child says.
 
 What the child sends back is checked in shape: cameras are rigid, planes are files of their codec and bounded, numbers
 are finite.

@@ -64,6 +64,16 @@ def premultiplied_linear_to_rgba8(pixels: NDArray[np.float32]) -> NDArray[np.uin
     """
     if pixels.ndim != 3 or pixels.shape[2] != 4:
         raise ValueError(f"pixels have shape {pixels.shape}; [H, W, 4] is required")
+    out = np.zeros(pixels.shape, np.uint8)
+    seen = pixels[..., 3] > 0
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    if len(rows):  # the rest is background, often half of a picture
+        part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        out[part] = _to_rgba8(pixels[part])
+    return out
+
+
+def _to_rgba8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     finite = np.nan_to_num(pixels, nan=0.0, posinf=1e4, neginf=0.0)
     alpha = np.clip(finite[..., 3:], 0.0, 1.0)
     colour = finite[..., :3] / np.maximum(alpha, 1e-6)

@@ -106,14 +106,16 @@ class _Mean:
     layers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def add(self, layers: dict[str, NDArray[np.float32]], samples: int) -> None:
-        """Take in the means over so many samples more."""
+        """Take in the means over so many samples more; the arrays become ours. A layer that is left out stays."""
         self.samples += samples
         share = np.float32(samples / self.samples)
         for name, layer in layers.items():
             # Most views take one step: nothing is copied then.
             mean = self.layers.setdefault(name, layer)
             if mean is not layer:
-                mean += (layer - mean) * share
+                np.subtract(layer, mean, out=layer)
+                np.multiply(layer, share, out=layer)
+                mean += layer
 
     def layer(self) -> noise.Layer:
         """Return the picture without its guides."""
@@ -293,7 +295,10 @@ class Engine:
             names = ("Combined", "Denoising Albedo", "Denoising Normal") if guided else ("Combined",)
             passes = self._render(view.camera, view.box, seed, FIRST_SAMPLE + first, samples - first, names)
             before = time.perf_counter()
-            total.add(_layers(passes, bare, guided), samples - first)
+            layers = _layers(passes, bare, guided)
+            if bare is not None and first:
+                layers = {"colour": layers["colour"]}  # coverage and guides are the bare ones in every step
+            total.add(layers, samples - first)
             self.seconds["readback"] += time.perf_counter() - before
 
     def _denoised(self, total: _Mean) -> noise.Layer:

@@ -127,7 +127,10 @@ def _clamp_slots(mesh: Any) -> None:
     """Point polygons whose material index has no slot at the last slot, as Blender's viewport does."""
     import numpy as np
 
+    stored = mesh.attributes.get("material_index")
+    if stored is None:  # all are of the first slot
+        return
     index = np.empty(len(mesh.polygons), np.int32)
-    mesh.polygons.foreach_get("material_index", index)
+    stored.data.foreach_get("value", index)
     if index.size and (index.max() >= len(mesh.materials) or index.min() < 0):
         mesh.polygons.foreach_set("material_index", np.clip(index, 0, len(mesh.materials) - 1))

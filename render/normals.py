@@ -29,8 +29,9 @@ def mend_normals(mesh: Any) -> tuple[int, int]:
     normals = _vectors(mesh.corner_normals, "vector")
     # Not mesh.polygon_normals: with custom normals set, Blender 4.5 gives those reversed with them.
     faces = _vectors(mesh.polygons, "normal") * (area > 0)[:, None]  # Blender gives a face without area some normal
-    sizes = np.empty(len(area), np.int32)
-    mesh.polygons.foreach_get("loop_total", sizes)
+    sizes = np.full(len(area), 3, np.int32)
+    if len(mesh.loops) != 3 * len(area):
+        mesh.polygons.foreach_get("loop_total", sizes)
     opposed, reversed_normals = oppose(normals, faces, sizes)
     if opposed.any():
         # As an attribute of vectors, which Blender 4.5 and later take as they are: 0.001 s for 500k corners, where

@@ -262,6 +262,12 @@ def _freeze(instance: Any, depsgraph: Any) -> tuple[Any, Float64, NDArray[np.int
 
 def _triangles(mesh: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return the vertex indexes [T, 3] of a mesh's triangles, and the polygon [T] that each is of."""
+    if len(mesh.loops) == 3 * len(mesh.polygons):
+        # All are triangles, as in most files: their corners are one copy, where Blender is asked one by one (12 ms for
+        # 100k).
+        corners = np.empty(len(mesh.loops), np.int32)
+        mesh.attributes[".corner_vert"].data.foreach_get("value", corners)
+        return corners.reshape(-1, 3), np.arange(len(mesh.polygons), dtype=np.int32)
     mesh.calc_loop_triangles()
     triangles = np.empty((len(mesh.loop_triangles), 3), np.int32)
     mesh.loop_triangles.foreach_get("vertices", triangles.reshape(-1))
