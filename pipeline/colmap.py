@@ -233,7 +233,7 @@ def _walk_images(where: str, data: bytes, cameras: set[int]) -> list[_Found]:
         if number > (len(data) - end - 9) // _POINT2D.itemsize:
             corrupt(f"{where}: image {image_id} announces {number} points; the file ends at byte {len(data)}")
         norm = sum(x * x for x in pose[:4])
-        if not (0.25 < norm < 4 and all(abs(x) < 1e12 for x in pose[4:])):
+        if not (0.98 < norm < 1.02 and all(abs(x) < 1e12 for x in pose[4:])):
             corrupt(f"{where}: image {image_id} has the pose {pose}; a unit quaternion and a finite place are required")
         if camera_id not in cameras:
             corrupt(f"{where}: image {image_id} has camera {camera_id}, which cameras.bin lacks")
@@ -298,10 +298,17 @@ def _read(where: str, *content: bytes) -> tuple[dict[int, Lens], dict[int, Float
         try:
             model = pycolmap.Reconstruction(folder)
             lenses = {int(key): Lens.of(camera) for key, camera in model.cameras.items()}
-            poses = {int(key): np.array(image.cam_from_world().matrix()) for key, image in model.images.items()}
+            poses = {int(key): _rigid(image.cam_from_world()) for key, image in model.images.items()}
         except (ValueError, RuntimeError, IndexError, KeyError, OverflowError) as error:
             corrupt(f"{where}: pycolmap refuses it: {' '.join(str(error).split())[:200]}")
     return lenses, poses
+
+
+def _rigid(pose: Any) -> Float64:
+    """Return a pose [3, 4] whose rotation is one: files hold quaternions of 6 digits, and pycolmap takes them as is."""
+    quaternion = np.array(pose.rotation.quat, np.float64)
+    rotation = pycolmap.Rotation3d(quaternion / np.linalg.norm(quaternion))
+    return np.column_stack([rotation.matrix(), pose.translation])
 
 
 def binary_of_text(name: str, cameras: bytes, images: bytes, points: bytes) -> list[bytes]:

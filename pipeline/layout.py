@@ -63,9 +63,21 @@ def arrange(names: Iterable[str], mask_names: Iterable[tuple[str, str]] = ()) ->
     for name, member in sorted(mask_names):
         inside = _inside(name, (*_MASK_FOLDERS, *_IMAGE_FOLDERS))
         masks.append((0, name if inside is None else inside, member))
+    _drop_distorted(layout, images)
     _join_masks(layout, masks)
     _add_model_names(layout)
     return layout
+
+
+def _drop_distorted(layout: Layout, images: str) -> None:
+    """Leave out models of the photos before they were undistorted, where the frames are those after.
+
+    Trainers of splats keep both: input/ with distorted/sparse/0, and images/ with sparse/0, under the same names.
+    """
+    distorted = [folder for folder in layout.models if folder.startswith("distorted/")]
+    if images and len(distorted) < len(layout.models):
+        for folder in distorted:
+            del layout.models[folder]
 
 
 def mask_targets(name: str) -> list[str]:

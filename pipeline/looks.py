@@ -105,7 +105,8 @@ def look_at_masks(
             if error.kind not in OF_ONE_FRAME | {FailureKind.NO_MASK, FailureKind.BAD_MASK, FailureKind.BAD_CAMERA}:
                 raise
             named: dict[FailureKind, Fault] = {FailureKind.NO_MASK: "no_mask", FailureKind.BAD_CAMERA: "bad_size"}
-            return named.get(error.kind, "bad_mask"), error.message
+            said = error.log_tail.strip().rpartition("\n")[2][-200:]
+            return named.get(error.kind, "bad_mask"), error.message + (f": {said}" if said else "")
 
     looks = []
     for frame, found in zip(masked, each(spec, look, masked)):

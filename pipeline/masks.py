@@ -12,11 +12,14 @@ Where a data set has no masks a hook makes them: the `rembg` package, or any com
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import io
 import math
+import os
 import shlex
+import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -42,7 +45,8 @@ SPECK = 0.02
 """Pieces under this share of the mask are not the object: one far away would shift the crop and the box."""
 BORDER = 0.003
 """A mask so near its frame's edge, in shares of the longer side, is cut by it: 6 px of 1920."""
-COMMAND_TIMEOUT_S = 300.0
+COMMAND_TIMEOUT_S = 120.0
+"""Less than the silence that a child may keep by default, so that one frame is lost and not its capture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,7 +141,10 @@ def hook_mask(command: str, frame: bytes, name: str) -> UInt8:
     """
     if command == "rembg":
         return _rembg_mask(frame, name)
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"capture.mask_command {command!r}: {error}") from None
     if not any("{image}" in word for word in words) or not any("{mask}" in word for word in words):
         raise UserError(f"capture.mask_command {command!r}: it must be rembg, or hold {{image}} and {{mask}}")
     with tempfile.TemporaryDirectory(prefix="mask-") as folder:
@@ -156,18 +163,24 @@ def _run(words: list[str], name: str) -> None:
     """Run a hook with no input, its output to a file of which only the tail is read: it may write without end."""
     with tempfile.TemporaryFile() as said:
         try:
-            done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=COMMAND_TIMEOUT_S, check=False
-            )
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-            raise UserError(f"capture.mask_command: {words[0]!r} cannot be run: {error.strerror}") from None
+            hook = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"capture.mask_command: {words[0]!r} cannot be run: {error}; give an absolute path to a program"
+            ) from None
+        try:
+            status = hook.wait(COMMAND_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             message = f"capture.mask_command took over {COMMAND_TIMEOUT_S:g} s on {name!a}"
             raise AssetError(FailureKind.NO_MASK, message) from None
-        if done.returncode != 0:
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(hook.pid, signal.SIGKILL)  # also what it left running
+            hook.wait()
+        if status != 0:
             said.seek(max(0, said.seek(0, io.SEEK_END) - 4000))
             tail = said.read().decode("utf-8", "replace")
-            message = f"capture.mask_command ended with status {done.returncode} on {name!a}"
+            message = f"capture.mask_command ended with status {status} on {name!a}"
             raise AssetError(FailureKind.NO_MASK, message, tail)
 
 

@@ -28,21 +28,23 @@ from pipeline.frames import OF_ONE_FRAME, Drops, Fault, choose_model, enough, jo
 from pipeline.lens import sample_view
 from pipeline.looks import Bool, Look, agreement_of, check_size, each, look_at_masks, vote
 from pipeline.masks import hook_name
-from pipeline.photos import MAX_FRAME_BYTES, decode_photo
+from pipeline.photos import MAX_FRAME_BYTES, decode_photo, image_size
 from pipeline.placing import (
     LEAST_POINTS,
+    MIN_RAY_SPREAD_RAD,
     Up,
     find_up,
     growth,
     meeting_point,
     settle_sideways,
     spread,
+    spread_of,
     widest_angle_deg,
     without_strays,
     world_rotation,
 )
 from pipeline.quality import judge, measure_sample, view_facts
-from pipeline.sample import encode_rgba
+from pipeline.sample import MAX_VIEWS, encode_rgba
 from pipeline.spec import CaptureSpec, DatasetSpec
 from pipeline.types import Asset, AssetError, Camera, FailureKind, Float64, Normalization, Sample, View, derive_seed
 
@@ -171,7 +173,14 @@ def rays_meet(looks: Sequence[Look], num_points: int) -> tuple[Float64, float]:
     whole = [look for look in looks if not any(look.facts.cut)]
     used = whole if len(whole) >= 3 else looks
     centres = np.stack([look.frame.image.centre for look in used])
-    centre, miss = meeting_point(centres, np.stack([look.ray for look in used]))
+    rays = np.stack([look.ray for look in used])
+    if spread_of(rays) < MIN_RAY_SPREAD_RAD:
+        message = (
+            f"none of the model's {num_points} points is in the masks, and the views look the same way, so that their "
+            "rays meet nowhere in particular"
+        )
+        raise AssetError(FailureKind.MASK_DISAGREES, message)
+    centre, miss = meeting_point(centres, rays)
     sizes = []
     for look in used:
         depth = float(look.frame.image.rotation[2] @ centre + look.frame.image.translation[2])
@@ -310,7 +319,7 @@ def make_views(
     while True:
         centres = place.centres(looks)
         directions = centres / np.linalg.norm(centres, axis=1, keepdims=True)
-        number = len(looks) if spec.capture.num_views is None else spec.capture.num_views
+        number = MAX_VIEWS if spec.capture.num_views is None else spec.capture.num_views
         chosen = [looks[i] for i in spread(directions, number)]
         todo = [look for look in chosen if look.frame.name not in done]
         if not todo:
@@ -337,11 +346,18 @@ def make_view(files: CaptureFiles, place: Place, look: Look, spec: CaptureSpec) 
     """
     name, lens, cutout = look.frame.name, look.frame.lens, look.cutout
     data = files.read(files.frames[name], MAX_FRAME_BYTES)
-    photo, width, height = decode_photo(data, name, cutout.shrink)
-    if (width, height) != (lens.width, lens.height):
+    _, width, height = image_size(data, name)
+    if (width, height) == (lens.width, lens.height):
+        photo = decode_photo(data, name, cutout.shrink)[0]
+    else:
         check_size("frame", width, height, lens)
+        shrink = 1  # of the photo's own pixels, which may be fewer than the camera's
+        while 2 * shrink <= cutout.shrink * width / lens.width:
+            shrink *= 2
+        photo = decode_photo(data, name, shrink)[0]
         size = (-(-lens.width // cutout.shrink), -(-lens.height // cutout.shrink))
-        photo = np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_LINEAR), np.uint8)
+        how = cv2.INTER_AREA if size[0] < photo.shape[1] else cv2.INTER_LINEAR
+        photo = np.asarray(cv2.resize(photo, size, interpolation=how), np.uint8)
     camera = place.camera(look, spec.resolution_px)
     rgba = sample_view(photo, cutout, lens, look.window.turned(place.turn), place.turn, spec.resolution_px)
     facts = view_facts(rgba, camera) | {

@@ -59,13 +59,26 @@ def decode_photo(data: bytes, name: str, shrink: int = 1) -> tuple[UInt8, int, i
         AssetError: CORRUPT_FILE or TOO_LARGE.
     """
     kind, width, height = image_size(data, name)
-    if kind == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    if kind == "JPEG" and not _jpeg_ends(data):
         raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a}: a JPEG of {len(data)} bytes without its end")
     flags = (_REDUCED[shrink] if kind == "JPEG" else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     image = _imdecode(data, flags, name)
     if kind != "JPEG" and shrink > 1:
         image = shrunk(image, shrink)
     return image, width, height
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether an end of image follows the first scan; phones append films behind it, which hold markers of any kind."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            return data.find(b"\xff\xd9", at) >= 0
+        if data[at + 1] == 0xFF:  # a filler
+            at += 1
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
 
 
 def shrunk(image: UInt8, factor: int) -> UInt8:
@@ -88,7 +101,7 @@ def decode_mask(data: bytes, name: str) -> UInt8:
     image_size(data, name)
     image = _imdecode(data, cv2.IMREAD_UNCHANGED, name)
     if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
+        image = (image >> 8 if image.max() > 255 else image).astype(np.uint8)  # some store 0 to 255 in 16 bits
     if image.dtype != np.uint8:
         raise AssetError(FailureKind.CORRUPT_FILE, f"{name!a}: a mask of {image.dtype}; 8 or 16 bits are read")
     if image.ndim == 3:

@@ -27,6 +27,10 @@ MAX_UP_RATIO = 0.05
 MIN_TRACK_SHARE, MIN_SEEN_SHARE = 0.5, 0.8
 LEAST_POINTS = 20
 """Fewer voted points give no box."""
+MIN_AXES_SPREAD = 1e-3
+"""Least second eigenvalue of the cameras' axes that up is told by: some 2 degrees of turning."""
+MIN_RAY_SPREAD_RAD = 0.04
+"""Least scatter of rays that meet in a point worth believing: a sweep of 5 degrees or so."""
 STRAY = 0.15
 
 IDENTITY = np.eye(3)
@@ -59,7 +63,8 @@ def find_up(rotations: Float64) -> Up:
     ratios = np.maximum(values[:, 0], 0) / np.maximum(values[:, 1], 1e-12)
     best = int(np.argmin(ratios))
     mean = -y.mean(axis=0)
-    if ratios[best] < MAX_UP_RATIO and len(rotations) >= 3:
+    # Axes that are all alike say nothing of the plane that they lie in.
+    if ratios[best] < MAX_UP_RATIO and values[best, 1] > MIN_AXES_SPREAD and len(rotations) >= 3:
         axis = vectors[best][:, 0]
         if best == 0 and axis @ mean < 0:
             axis = -axis
@@ -139,6 +144,12 @@ def meeting_point(origins: Float64, directions: Float64) -> tuple[Float64, float
     point = np.linalg.lstsq(away.sum(axis=0), (away @ origins[..., None]).sum(axis=0)[:, 0], rcond=None)[0]
     miss = np.linalg.norm((away @ (point - origins)[..., None])[..., 0], axis=1)
     return point, float(np.sqrt((miss**2).mean()))
+
+
+def spread_of(directions: Float64) -> float:
+    """Return how far unit vectors [N, 3] scatter around their main axis, root mean square, in radians if small."""
+    values = np.linalg.eigvalsh(directions.T @ directions / len(directions))
+    return float(np.sqrt(max(values[0] + values[1], 0.0)))
 
 
 def world_rotation(up: Float64, first_centre: Float64, centre: Float64) -> Float64:

@@ -81,10 +81,10 @@ class ColmapAssets:
         """Return (uid, prefix) of each capture, sorted."""
         folder = self._folder
         folders, files = folder.entries("")
-        if _is_capture(folders, [name for name, _ in files]):
-            own = urlsplit(folder.url).path.rstrip("/").rpartition("/")[2] or "capture"
-            return [(own, "")]
         inner = [name for name in folders if not name.startswith(".")]
+        own = urlsplit(folder.url).path.rstrip("/").rpartition("/")[2] or "capture"
+        if _SIGNS & set(folders) or MODEL_FILES & {name for name, _ in files} or not inner:
+            return [(own, "")] if _is_capture(folders, [name for name, _ in files]) else []
         with ThreadPoolExecutor(_LISTERS if folder.is_remote else 1) as pool:
             listings = list(pool.map(lambda name: folder.entries(f"{name}/"), inner))
         found = []
@@ -93,7 +93,8 @@ class ColmapAssets:
                 found.append((name, f"{name}/"))
             else:
                 logger.warning("source.path: folder %s is no capture: it holds neither photos nor a model", name)
-        return found
+        # Photos beside folders that are captures, such as a preview, do not make one capture of all.
+        return found or ([(own, "")] if _is_capture(folders, [name for name, _ in files]) else [])
 
     def _asset(self, uid: str, prefix: str, excluded: bool) -> Asset:
         try:

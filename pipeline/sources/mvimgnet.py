@@ -167,7 +167,12 @@ class MvimgnetAssets:
             (data,) = folder.read_ranges(zip_name, [limit + start], [length])
             for entry in parse_entries(data, zip_name, base=start):
                 place = _CAPTURE.search(entry.name)
-                if entry.is_folder or place is None or b"/".join(place.groups()) != name.encode():
+                if (
+                    entry.is_folder
+                    or place is None
+                    or entry.name.startswith(b"__MACOSX/")
+                    or b"/".join(place.groups()) != name.encode()
+                ):
                     continue
                 rest = entry.name[place.end() :]
                 check += _hash(rest, entry)
@@ -272,6 +277,11 @@ def _add(members: dict[str, Member], root: str, inside: str, member: Member) -> 
     if isinstance(known, ZipMember) and isinstance(member, ZipMember) and known.zip_name != member.zip_name:
         first, second = known.entry, member.entry
         if (first.crc32, first.num_bytes) == (second.crc32, second.num_bytes):
+            return
+    if isinstance(known, ZipMember) != isinstance(member, ZipMember):
+        zipped, file = (known, member) if isinstance(known, ZipMember) else (member, known)
+        if isinstance(zipped, ZipMember) and isinstance(file, FileMember) and zipped.entry.num_bytes == file.num_bytes:
+            members[name] = zipped  # the zips lie beside the tree that came out of them; a zip's content is checked
             return
     raise AssetError(
         FailureKind.CORRUPT_FILE, f"{inside[:100]!a} is there twice, with other content or in one zip; refused"
