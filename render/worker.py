@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.quality import judge, measure_sample
+from pipeline.quality import judge, measure_sample, side_facts
 from pipeline.spec import DatasetSpec
 from pipeline.types import (
     MAX_MESSAGE_CHARS,
@@ -63,7 +63,7 @@ class _Job:
     cameras: Sequence[Camera]
     deadline: float
     scene: dict[str, Any] | None = None
-    sides: NDArray[np.uint8] | None = None
+    sides: Future[dict[str, Any]] | None = None
     pending: deque[Future[EncodedView]] = field(default_factory=deque)
     encoded: list[EncodedView] = field(default_factory=list)
     num_views: int = 0
@@ -206,7 +206,7 @@ class RenderWorker(Supervisor):
             if kind == "scene" and job.scene is None and job.num_views == 0:
                 job.scene = header
             elif kind == "sides" and job.scene is not None and job.sides is None and job.num_views == 0:
-                job.sides = self._sides(payload)
+                job.sides = self._encoders.submit(side_facts, self._sides(payload))
             elif kind == "view" and job.sides is not None:
                 self._take_view(job, header, payload)
             elif kind == "done" and job.num_views == len(job.cameras):
@@ -256,7 +256,8 @@ class RenderWorker(Supervisor):
         job.pending.clear()
         assert job.scene is not None
         facts = [view.facts for view in job.encoded]
-        quality = measure_sample(facts, _mapping(job.scene.get("quality")), job.sides)
+        assert job.sides is not None
+        quality = measure_sample(facts, _mapping(job.scene.get("quality")), job.sides.result())
         refusal = judge(quality, self._spec.admission)
         if refusal is not None:
             raise AssetError(refusal.kind, refusal.message)

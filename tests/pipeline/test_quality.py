@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.phash import perceptual_hash
-from pipeline.quality import FLAGS, judge, measure_sample, view_facts
+from pipeline.quality import FLAGS, judge, measure_sample, side_facts, view_facts
 from pipeline.spec import AdmissionSpec
 from pipeline.types import Camera, FailureKind
 from tests.conftest import orbit_camera
@@ -173,12 +173,15 @@ def test_each_flag_says_what_it_is_named_for(
 def test_one_colour_is_judged_by_the_albedo_where_there_is_one() -> None:
     """Shading spreads a plain colour, and a plain light hides nothing of a pattern: only the albedo tells."""
     data = np.stack([SOLID[::2, ::2]] * 4)
-    shaded = measure_sample([facts(patterned())], {}, data)
+    shaded = measure_sample([facts(patterned())], {}, side_facts(data))
     assert shaded["albedo_spread"] == 0
     assert shaded["colour_spread"] > 0.1
     assert shaded["flags"] == ["single_colour"]
     assert shaded["phash"] == perceptual_hash(data)
-    assert "single_colour" not in measure_sample([facts(SOLID)], {}, np.stack([patterned()[::2, ::2]] * 4))["flags"]
+    assert (
+        "single_colour"
+        not in measure_sample([facts(SOLID)], {}, side_facts(np.stack([patterned()[::2, ::2]] * 4)))["flags"]
+    )
 
 
 BASE: dict[str, Any] = record_of(patterned(), patterned(), scene=GOOD_SCENE, cropped=0.0)
