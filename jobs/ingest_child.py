@@ -16,7 +16,6 @@ Both directions are framed by `render.wire`. Neither bpy nor Ray is imported her
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -59,14 +58,7 @@ class _Line:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer requests from stdin until it ends."""
-    parser = argparse.ArgumentParser()
-    for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
-        parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    confine.die_with(args.parent_pid)
-    confine.limit(args.memory_bytes)
-    network = confine.leave_network()
+    args, network = confine.enter(argv)
     import cv2
 
     from pipeline.mvimgnet import ingest

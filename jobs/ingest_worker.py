@@ -92,11 +92,10 @@ class IngestWorker(Supervisor):
     ) -> None:
         # No encoder makes a picture larger than its pixels by more than a header.
         most = max(spec.capture.resolution_px**2 * 4 + _PLANE_SLACK_BYTES, MAX_PICTURE_PX**2 * 3)
-        super().__init__(spec.limits, max_payload_bytes=most, scratch_dir=scratch_dir)
-        self._spec = spec
-        self._fingerprint = fingerprint
-        self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
-        self._command = list(child_command) if child_command is not None else default_command()
+        super().__init__(
+            spec, default_command() if child_command is None else child_command, fingerprint=fingerprint,
+            num_threads=num_threads, max_payload_bytes=most, scratch_dir=scratch_dir,
+        )  # fmt: skip
         self._network = ""
 
     def ingest(self, asset: Asset, capture: OpenCapture) -> Sample:
@@ -162,19 +161,15 @@ class IngestWorker(Supervisor):
 
     def _ensure_child(self) -> ChildProcess:
         if self._child is None:
-            self._child = ChildProcess(
-                self._command,
-                home=self._scratch.fresh("home"),
+            child, header = self._launch(
+                START_DEADLINE_S,
                 num_threads=1,  # of BLAS, whose sums depend on their number; frames have threads of their own
-                memory_bytes=self._limits.memory_bytes,
-                starter=self._starter,
                 variables={"U2NET_HOME": os.environ.get("U2NET_HOME") or str(Path("~/.u2net").expanduser())},
             )
-            until = time.monotonic() + START_DEADLINE_S
-            header, _ = self._receive(self._child, until, f"{START_DEADLINE_S:g} s to start")
             if header["type"] != "ready":
                 self._fail(self.crash_kind, f"the child said {header['type']!r} before it was ready")
             self._network = str(header.get("network", ""))[:10]
+            return child
         return self._child
 
     def _ask(
@@ -182,23 +177,11 @@ class IngestWorker(Supervisor):
     ) -> tuple[dict[str, Any], bytearray]:
         """Send a request, hand over what the child reads, take its views, and return its reply of type `last`."""
         try:
-            child.log.clear()
-            child.num_objects += 1
-            self._say(child, job, request, names)
-            reply = self._converse(child, job, last)
-        except AssetError as error:
-            if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
-                self._stop_child()
-            self._recycle(child)
-            raise
-        except BaseException:
-            # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this capture.
-            self._stop_child()
-            raise
+            with self._one_asset(child):
+                self._say(child, job, request, names)
+                return self._converse(child, job, last)
         finally:
             job.capture.reader.close()
-        self._recycle(child)
-        return reply
 
     def _converse(self, child: ChildProcess, job: _Job, last: str) -> tuple[dict[str, Any], bytearray]:
         while True:

@@ -92,7 +92,7 @@ class MemberReader:
         self._spans = _plan_spans(members)
         self._held: OrderedDict[_Span, bytes] = OrderedDict()
         remote = [name for name, one in members.items() if isinstance(one, FileMember) and one.folder.is_remote]
-        self._order, self._next = {name: i for i, name in enumerate(remote)}, 0
+        self._order = {name: i for i, name in enumerate(remote)}
         self._remote = remote
         self._ahead: dict[str, Future[bytes]] = {}
         self._pool = ThreadPoolExecutor(_AHEAD, "capture-read") if remote else None
@@ -132,11 +132,12 @@ class MemberReader:
         if self._pool is None or name not in self._order:
             return member.folder.read(member.name, max_bytes)
         place = self._order[name]
-        for other in self._remote[max(self._next, place) : place + _AHEAD]:
+        for other in self._remote[place : place + _AHEAD]:
+            if other in self._digests or other in self._ahead:
+                continue
             one = self._members[other]
             assert isinstance(one, FileMember)
             self._ahead[other] = self._pool.submit(one.folder.read, one.name, one.num_bytes)
-        self._next = max(self._next, min(place + _AHEAD, len(self._remote)))
         asked = self._ahead.pop(name, None)
         return member.folder.read(member.name, max_bytes) if asked is None else asked.result()
 

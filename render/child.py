@@ -9,7 +9,6 @@ network where the system lets it.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -35,14 +34,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer requests from stdin until it ends."""
-    parser = argparse.ArgumentParser()
-    for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
-        parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    confine.die_with(args.parent_pid)
-    confine.limit(args.memory_bytes)
-    network = confine.leave_network()
+    args, network = confine.enter(argv)
     import bpy
 
     from render.devices import DeviceError, use_device, warm_up

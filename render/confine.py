@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import resource
 import signal
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -15,6 +17,18 @@ _MAX_FILE_BYTES = 2 * 2**30
 # Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
 # space, since Blender reserves far more addresses than it touches.
 _DATA_FACTOR, _DATA_SLACK_BYTES = 1.5, 2**30
+
+
+def enter(argv: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
+    """Begin a child: read its arguments and confine it; return them and what `leave_network` says."""
+    parser = argparse.ArgumentParser()
+    for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    die_with(args.parent_pid)
+    limit(args.memory_bytes)
+    return args, leave_network()
 
 
 def die_with(parent_pid: int) -> None:

@@ -6,16 +6,19 @@ that can no longer be trusted to be between two assets is killed. What is asked 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self
 
-from pipeline.spec import LimitSpec
+from pipeline.spec import DatasetSpec
 from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind
 from render import wire
 from render.process import ChildProcess, ScratchFolder
@@ -37,15 +40,31 @@ class Supervisor:
     timeout_kind: ClassVar[FailureKind]
     crash_kind: ClassVar[FailureKind]
 
-    def __init__(self, limits: LimitSpec, *, max_payload_bytes: int, scratch_dir: Path | None) -> None:
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        command: Sequence[str],
+        *,
+        fingerprint: str,
+        num_threads: int | None,
+        max_payload_bytes: int,
+        scratch_dir: Path | None,
+    ) -> None:
         """Prepare; no child is started yet.
 
         Args:
-            limits: of the child.
+            spec: the dataset's spec; `limits` are those of the child.
+            command: the child's.
+            fingerprint: the spec's fingerprint, as samples carry it.
+            num_threads: what the child may use; default `spec.workers.num_cpus`, rounded up.
             max_payload_bytes: of one reply.
             scratch_dir: where the child's temporary folder is made; default the system's.
         """
-        self._limits = limits
+        self._spec = spec
+        self._command = list(command)
+        self._fingerprint = fingerprint
+        self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
+        self._limits = spec.limits
         self._max_payload_bytes = max_payload_bytes
         self._scratch = ScratchFolder(scratch_dir)
         self._child: ChildProcess | None = None
@@ -64,6 +83,35 @@ class Supervisor:
         self._stop_child()
         self._starter.shutdown()
         self._scratch.close()
+
+    def _launch(self, allowed_s: float, **options: Any) -> tuple[ChildProcess, dict[str, Any]]:
+        """Start a child and return it with its first word; `options` are those of `ChildProcess`."""
+        self._child = child = ChildProcess(
+            self._command,
+            home=self._scratch.fresh("home"),
+            memory_bytes=self._limits.memory_bytes,
+            starter=self._starter,
+            **options,
+        )
+        return child, self._receive(child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")[0]
+
+    @contextmanager
+    def _one_asset(self, child: ChildProcess) -> Iterator[None]:
+        """Talk with a child about one asset; afterwards it is kept, recycled, or killed if it cannot be trusted."""
+        child.log.clear()
+        child.num_objects += 1
+        try:
+            yield
+        except AssetError as error:
+            if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
+                self._stop_child()
+            self._recycle(child)
+            raise
+        except BaseException:
+            # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this asset.
+            self._stop_child()
+            raise
+        self._recycle(child)
 
     def _next_word(self, deadline: float, verb: str, uid: str) -> tuple[float, str]:
         """Return until when the next reply may take, and what took longer if it does, for `_receive`."""

@@ -97,11 +97,10 @@ class RenderWorker(Supervisor):
     ) -> None:
         view_bytes = spec.render.resolution_px**2 * sum(bytes_per_pixel(name) for name in spec.render.planes)
         most = max(view_bytes, NUM_SIDES * CANONICAL_PX**2 * 4)
-        super().__init__(spec.limits, max_payload_bytes=most, scratch_dir=scratch_dir)
-        self._spec = spec
-        self._fingerprint = fingerprint
-        self._num_threads = max(1, math.ceil(spec.workers.num_cpus) if num_threads is None else num_threads)
-        self._command = list(child_command) if child_command is not None else default_command()
+        super().__init__(
+            spec, default_command() if child_command is None else child_command, fingerprint=fingerprint,
+            num_threads=num_threads, max_payload_bytes=most, scratch_dir=scratch_dir,
+        )  # fmt: skip
         self._ready: dict[str, Any] = {}
         self._encoders = ThreadPoolExecutor(_ENCODERS, "render-encode")
 
@@ -139,24 +138,13 @@ class RenderWorker(Supervisor):
         deadline = time.monotonic() + self._spec.limits.deadline_s
         job = _Job(asset, cameras_for(self._spec.render, seed), deadline)
         try:
-            child.log.clear()
-            request["scratch_dir"] = str(self._scratch.fresh("asset"))
-            child.tell(json.dumps(request).encode())
-            self._converse(child, job)
-            sample = self._finish(job, seed, ready_s, time.monotonic() - started)
-        except AssetError as error:
-            if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
-                self._stop_child()
-            self._recycle(child)
-            raise
-        except BaseException:
-            # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this asset.
-            self._stop_child()
-            raise
+            with self._one_asset(child):
+                request["scratch_dir"] = str(self._scratch.fresh("asset"))
+                child.tell(json.dumps(request).encode())
+                self._converse(child, job)
+                return self._finish(job, seed, ready_s, time.monotonic() - started)
         finally:
             _abandon(job)
-        self._recycle(child)
-        return sample
 
     def _request(self, asset: Asset, path: Path | None, seed: int, expected_triangles: int | None) -> dict[str, Any]:
         procedural = _PROCEDURAL.match(asset.uri) if asset.format == "procedural" else None
@@ -176,28 +164,20 @@ class RenderWorker(Supervisor):
 
     def _ensure_child(self) -> ChildProcess:
         if self._child is None:
-            limits = self._spec.limits
-            self._child = ChildProcess(
-                self._command,
-                home=self._scratch.fresh("home"),
-                num_threads=self._num_threads,
-                memory_bytes=limits.memory_bytes,
-                starter=self._starter,
-                device=self._spec.workers.device,
-            )
-            allowed_s = START_DEADLINE_S if self._spec.workers.device == "cpu" else GPU_START_DEADLINE_S
-            header, _ = self._receive(self._child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")
+            device = self._spec.workers.device
+            allowed_s = START_DEADLINE_S if device == "cpu" else GPU_START_DEADLINE_S
+            child, header = self._launch(allowed_s, num_threads=self._num_threads, device=device)
             if header["type"] == "no_device":
                 self._stop_child()
                 raise UserError(str(header.get("message", ""))[:MAX_MESSAGE_CHARS])
             if header["type"] != "ready":
                 self._fail(FailureKind.RENDER_CRASH, f"the child said {header['type']!r} before it was ready")
             self._ready = header
+            return child
         return self._child
 
     def _converse(self, child: ChildProcess, job: _Job) -> None:
         """Take replies until the child is done with the asset: one scene, then each view in order, then done."""
-        child.num_objects += 1
         while True:
             header, payload = self._receive(child, *self._next_word(job.deadline, "render", job.asset.uid))
             kind = header["type"]

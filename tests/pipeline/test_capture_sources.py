@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.layout import arrange
-from pipeline.members import OpenCapture
+from pipeline.members import FileMember, MemberReader, OpenCapture
 from pipeline.sources.colmap import ColmapAssets
 from pipeline.sources.mvimgnet import MvimgnetAssets
 from pipeline.spec import ColmapSource, MvimgnetSource
@@ -427,3 +428,33 @@ def test_a_uri_of_another_source_is_refused(tmp_path: Path) -> None:
     asset = Asset(uid="x", source="mvimgnet", uri="file:///etc/passwd", format="capture")
     with pytest.raises(AssetError, match="none of the source"):
         mvimgnet(tmp_path).open_capture(asset)
+
+
+class SlowFolder:
+    """A remote folder that tells which file was asked for when."""
+
+    is_remote = True
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        self.asked.append(name)
+        return name.encode().ljust(max_bytes, b".")
+
+
+def test_files_are_read_ahead_also_after_the_models_which_stand_last_and_are_read_first() -> None:
+    folder = SlowFolder()
+    names = [*(f"images/{i:03d}.jpg" for i in range(12)), "sparse/0/cameras.bin", "sparse/0/images.bin"]
+    members = {name: FileMember(folder=folder, name=name, num_bytes=32) for name in names}  # type: ignore[arg-type]
+    reader = MemberReader("c", members, 2**20)
+    for name in names[12:]:
+        reader.read(name, 32)
+    reader.read(names[0], 32)
+    until = time.monotonic() + 5
+    while not set(names[1:4]) <= set(folder.asked) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert set(names[1:4]) <= set(folder.asked), "frames come while the first is decoded"
+    assert [reader.read(name, 32)[: len(name)] for name in names[1:4]] == [name.encode() for name in names[1:4]]
+    assert all(folder.asked.count(name) == 1 for name in names[:4]), "and each once"
+    reader.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import subprocess
 import sys
@@ -29,15 +28,11 @@ from pipeline.types import Failure, FailureKind, Sample, UserError
 from tests.conftest import SHARED, make_asset, make_sample
 
 SPEC = DatasetSpec(name="fake", source=ProceduralSource(num_objects=5), shards=ShardSpec(objects_per_shard=3))
-counter = itertools.count()
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "corpus"))
-    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3_url")
-    return open_store(f"{root}/test-{next(counter)}")
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 def make_plan(store: Store, count: int = 5, fingerprint: str = "f") -> plans.PlanSet:

@@ -28,12 +28,9 @@ counter = itertools.count()
 NAMES = [f"ball-{i:02d}" for i in range(10)]
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "corpus"))
-    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3_url")
-    return open_store(f"{root}/rebuild-{next(counter)}")
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 @pytest.fixture
