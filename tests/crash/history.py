@@ -236,15 +236,20 @@ class History(RuleBasedStateMachine):
         self._publish(crash, action, lambda: newest, results=copies)
         assert not version.verify_version(self.store, deep=True).problems
 
-    @rule(where=st.sampled_from(["shards/{}.tar", "manifests/{}.parquet"]), which=st.integers(0, 99))
-    def stray(self, where: str, which: int) -> None:
-        """A writer died, or lost a race with other pixels: something is there that nothing will ever name."""
-        data = f"stray {which}".encode()
-        self.store.create(where.format(hashlib.sha256(data).hexdigest()), data)
+    @rule(grace_h=st.sampled_from([0, 2, 24]), delete=st.booleans(), crash=CRASHES,
+          strays=st.dictionaries(st.integers(0, 9), st.sampled_from([0, 1, 3, 30]), max_size=2))  # fmt: skip
+    def collect(self, grace_h: int, delete: bool, crash: Crashing, strays: dict[int, int]) -> None:
+        """Take what nothing names and is old enough: exactly that, and nothing in a dry run.
 
-    @rule(grace_h=st.sampled_from([0, 2, 24]), delete=st.booleans(), crash=CRASHES)
-    def collect(self, grace_h: int, delete: bool, crash: Crashing) -> None:
-        """Take what nothing names and is old enough: exactly that, and nothing in a dry run."""
+        Args:
+            strays: what writers left that died, or lost a race with other pixels, so many hours ago.
+        """
+        for which, age_h in strays.items():
+            data = f"stray {which}".encode()
+            key = f"{('shards/{}.tar', 'manifests/{}.parquet')[which % 2]}".format(hashlib.sha256(data).hexdigest())
+            if key not in self.stored:
+                self.store.create(key, data)
+                self.stored[key], self.store.born_s[key] = len(data), self.store.clock_s - age_h * HOUR
         named = set[str]()
         for i in range(len(self.model.versions)):
             one = version.open_version(self.store, i + 1)
@@ -331,8 +336,8 @@ class History(RuleBasedStateMachine):
                 if done.result[0] == "failure"
                 else ball(uid, done.sha256, shard.fingerprint, variant)
             )
-        there = shard.plan_id in self.model.committed
-        assert corpora.commit(self.store, shard, results)[1] is not there or there
+        ours = corpora.commit(self.store, shard, results)[1]
+        assert ours is (shard.plan_id not in self.model.committed)
 
     def _survey(self, name: str, fingerprint: str, kinds: tuple[str, ...] | None) -> Survey:
         spec = corpora.SPEC.model_copy(update={"name": name})
