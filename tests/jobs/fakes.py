@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -23,6 +24,12 @@ def produce(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failu
     if asset.uid.endswith("3"):
         return Failure(uid=asset.uid, kind=FailureKind.EMPTY_SCENE, message="as asked")
     return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+
+def produce_noting(folder: str, spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make a tiny ball, and leave a file that tells so each time."""
+    (Path(folder) / f"{asset.uid} {secrets.token_hex(8)}").touch()
+    return make_sample(asset.uid, fingerprint=fingerprint, asset=asset, num_views=2, size_px=16)
 
 
 def produce_slowly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
