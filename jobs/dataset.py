@@ -62,6 +62,8 @@ class Rebuild:
         self.produce, self.producer = producer_of(spec)
         self.fingerprint = spec.fingerprint(self.producer)
         assets = list_assets(spec)
+        if not assets:  # an empty version would be published of a source that is not there
+            raise UserError(f"spec {spec.name}: the source lists no assets; check its path, uids or categories")
         check_keys(assets)
         self.listing = Listing.of(assets_table(assets))
 

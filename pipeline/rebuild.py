@@ -36,8 +36,7 @@ from pipeline.admission import licence_admits
 from pipeline.listing import Listing, object_keys
 from pipeline.manifest import receipt_sizes
 from pipeline.plan import PlanSet, assets_of
-from pipeline.receipt import receipt_key
-from pipeline.shard import DamagedDataError
+from pipeline.receipt import receipt_key, unreadable
 from pipeline.spec import AdmissionSpec, DatasetSpec, spec_of_json
 from pipeline.store import Store
 from pipeline.types import FailureKind, UserError
@@ -214,8 +213,7 @@ def _read_states(store: Store, plan_ids: Sequence[str]) -> Iterable[pa.Table]:
             file = pq.ParquetFile(pa.BufferReader(store.get(receipt_key(plan_id))), page_checksum_verification=True)
             return file.read(columns=list(_STATE), use_threads=False).select(_STATE).replace_schema_metadata(None)
         except (pa.ArrowException, OSError, KeyError) as error:
-            text = str(error).split("\n", 1)[0]
-            raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} is not readable: {text}") from None
+            raise unreadable(store.url, plan_id, error) from None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(plan_ids), 4096):

@@ -243,9 +243,9 @@ def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
         )
         num_bytes = int(metadata["shard_bytes"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise _unreadable(where, plan_id, error) from None
+        raise unreadable(where, plan_id, error) from None
     if not consistent:
-        raise DamagedDataError(f"corpus {where}: receipt {plan_id} contradicts itself")
+        raise _damaged(where, plan_id, "contradicts itself")
     return Receipt(
         plan_id=plan_id,
         fingerprint=metadata["fingerprint"],
@@ -282,9 +282,9 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
             shard_bytes=int(metadata["shard_bytes"]),
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _unreadable(store.url, plan_id, error) from None
+        raise unreadable(store.url, plan_id, error) from None
     if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned:
-        raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} contradicts itself")
+        raise _damaged(store.url, plan_id, "contradicts itself")
     return found
 
 
@@ -310,11 +310,17 @@ def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str)
     return metadata
 
 
-def _unreadable(where: str, plan_id: str, error: Exception) -> Exception:
+def unreadable(where: str, plan_id: str, error: Exception) -> Exception:
+    """Return the error of a receipt that another error kept from being read."""
     if isinstance(error, UserError | DamagedDataError):
         return error
     text = str(error).split("\n", 1)[0]
-    return DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {text}")
+    return _damaged(where, plan_id, f"is not readable: {text}")
+
+
+def _damaged(where: str, plan_id: str, how: str) -> DamagedDataError:
+    remedy = f"restore it, or remove {receipt_key(plan_id)} and make its shard again"
+    return DamagedDataError(f"corpus {where}: receipt {plan_id} {how}; {remedy}")
 
 
 def member_index(row: Mapping[str, Any]) -> MemberIndex:
