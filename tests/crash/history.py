@@ -181,10 +181,17 @@ class History(RuleBasedStateMachine):
             lambda: self.model.merged(mine, self.model.source),
         )
 
-    @rule()
-    def routine(self) -> None:
+    @rule(days=st.sampled_from([1, 1, 4]))
+    def routine(self, days: int) -> None:
         """The same spec is built every day, and nothing goes wrong."""
-        self.dataset(name="a", fingerprint="f", variant=2, crash=None)
+        for _ in range(days):
+            self.dataset(name="a", fingerprint="f", variant=2, crash=None)
+
+    @rule()
+    def weekly(self) -> None:
+        """What is there to collect is looked at, then collected: an old stray, not a young one."""
+        for delete in (False, True):
+            self.collect(grace_h=2, delete=delete, crash=None, strays={0: 0, 1: 30})
 
     @precondition(lambda self: self.model.committed)
     @rule(name=NAMES, fingerprint=PRINTS, kinds=st.sampled_from([("empty_scene",), ("network", "empty_scene")]),

@@ -296,8 +296,8 @@ def main() -> int:
                         happened = storm(f"s3://{BUCKET}/c{seed}", 8.0, seed, digest, server)
                         happened["faults"] = sum(rule.hits for rule in proxy.rules)
                 elif kind == "history":
-                    run_history(examples=30, steps=40, seed=seed)
-                    happened = {"histories": 30}
+                    run_history(examples=15, steps=40, seed=seed)
+                    happened = {"histories": 15}
                 else:
                     (folder / f"r{seed}").mkdir()
                     url = f"s3://{BUCKET}/r{seed}" if kind == "ray-s3" else None
