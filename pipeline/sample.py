@@ -38,6 +38,10 @@ MAX_VIEWS = 999
 # library's defaults, take 60 ms for the same bytes, 25 and 2 take 28 ms for 5 % more.
 _WEBP_QUALITY, _WEBP_METHOD = 50, 3
 
+# Lossy WebP: effort 2 takes half the time of 4, which OpenCV's encoder uses and does not let go of. On 512^2 views of
+# photographs: 13 ms, 73.0 KB and 35.8 dB (a phone's noise included) against 26 ms, 72.6 KB and 36.0 dB.
+_LOSSY_QUALITY, _LOSSY_METHOD = 95, 2
+
 
 class SampleError(ValueError):
     """Bytes that should be a sample are not: names the sample and what was found."""
@@ -90,12 +94,15 @@ def encode_rgba(rgba: NDArray[np.uint8], codec: str) -> Plane:
         raise ValueError(f"rgba has shape {rgba.shape}, {rgba.dtype}; [H, W, 4] uint8 is required")
     if codec == "webp":
         return Plane(codec="webp", data=_lossless_webp(rgba))
-    bgra = cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
     if codec == "png":
+        bgra = cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
         return Plane(codec="png", data=_imencode(".png", bgra, [cv2.IMWRITE_PNG_COMPRESSION, 6]))
     if (rgba[..., 3] == 255).all():
-        bgra[0, 0, 3] = 254  # lossy WebP stores no alpha for an opaque picture, which would decode to three channels
-    return Plane(codec="webp", data=_imencode(".webp", bgra, [cv2.IMWRITE_WEBP_QUALITY, 95]))
+        rgba = rgba.copy()
+        rgba[0, 0, 3] = 254  # lossy WebP stores no alpha for an opaque picture, which would decode to three channels
+    sink = io.BytesIO()
+    Image.fromarray(rgba, "RGBA").save(sink, "WEBP", quality=_LOSSY_QUALITY, method=_LOSSY_METHOD)
+    return Plane(codec="webp", data=sink.getvalue())
 
 
 def _imencode(ending: str, bgra: NDArray[Any], flags: list[int]) -> bytes:
