@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import obstore
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError, NotFoundError
@@ -303,17 +304,15 @@ def _fresh(table: pa.Table) -> pa.Table:
 
 
 def _numbered(batch: pa.RecordBatch, tombstones: frozenset[str], names: Mapping[str, _Names]) -> pa.RecordBatch:
-    columns = {name: batch.column(name) for name in ("uid", "status", "source", "shard_sha256", "shard_bytes")}
-    status, uids = columns["status"].to_pylist(), columns["uid"].to_pylist()
-    keep = [i for i, (s, uid) in enumerate(zip(status, uids)) if s == "sample" and uid not in tombstones]
-    kept = batch.take(pa.array(keep, pa.int64()))
-    shards = zip(kept.column("shard_sha256").to_pylist(), kept.column("shard_bytes").to_pylist())
-    layouts = zip(kept.column("planes").to_pylist(), kept.column("codecs").to_pylist())
+    live = pc.fill_null(pc.equal(batch.column("status"), "sample"), False)
+    if tombstones:
+        live = pc.and_not(live, pc.is_in(batch.column("uid"), pa.array(sorted(tombstones), pa.string())))
+    kept = batch.filter(live)
     try:
         arrays = {
-            "source": [names["sources"].number(source) for source in kept.column("source").to_pylist()],
-            "shard": [names["shards"].number(shard) for shard in shards],
-            "layout": [names["layouts"].number((tuple(planes), tuple(codecs))) for planes, codecs in layouts],
+            "source": _numbers(kept, ("source",), names["sources"]),
+            "shard": _numbers(kept, ("shard_sha256", "shard_bytes"), names["shards"]),
+            "layout": _numbers(kept, ("planes", "codecs"), names["layouts"]),
         }
         out = [pa.array(arrays[f.name], f.type) if f.name in arrays else kept.column(f.name).cast(f.type)
                for f in _SCHEMA]  # fmt: skip
@@ -322,6 +321,27 @@ def _numbered(batch: pa.RecordBatch, tombstones: frozenset[str], names: Mapping[
     except (TypeError, pa.ArrowException) as error:
         raise DamagedDataError(f"manifest holds a sample without a usable member index: {error}") from None
     return made
+
+
+def _numbers(batch: pa.RecordBatch, columns: Sequence[str], names: _Names) -> NDArray[np.int64]:
+    """Return the number of each row's value in these columns; only values that differ become Python objects.
+
+    Raises:
+        TypeError: where a value is missing.
+    """
+    texts = []
+    for name in columns:
+        column = batch.column(name)
+        if column.null_count:
+            raise TypeError(f"{column.null_count} of its rows have no {name}")
+        texts.append(pc.binary_join(column, "\0") if pa.types.is_list(column.type) else column.cast(pa.string()))
+    codes = pc.binary_join_element_wise(*texts, "\1").dictionary_encode().indices.to_numpy()
+    _, firsts = np.unique(codes, return_index=True)
+    numbers = np.zeros(len(firsts), np.int64)
+    for row in np.sort(firsts).tolist():
+        value = tuple(tuple(x) if isinstance(x, list) else x for x in (batch.column(n)[row].as_py() for n in columns))
+        numbers[codes[row]] = names.number(value if len(columns) > 1 else value[0])
+    return np.asarray(numbers[codes], np.int64)
 
 
 def _check(batch: pa.RecordBatch, layouts: _Names) -> None:
