@@ -61,6 +61,8 @@ _BATCH = 64
 _MANY_RECEIPTS = 1024
 """From so many receipts on, processes that take a second to start pay."""
 _ROWS_PER_GROUP = 65_536
+_GROUPS_AT_ONCE = 1024
+"""Objects with several rows that become Python objects at a time."""
 
 _EXTRA = (
     pa.field("rank", pa.int32()),
@@ -145,7 +147,9 @@ def merge_plans(store: Store, plans: Sequence[PlanSet], spec: DatasetSpec, listi
     pa.default_memory_pool().release_unused()  # what reading the plans took
     with _pool(store, len(work)) as pool:
         read = pool.map(_read_batch, *zip(*((store, batch, spec) for batch in batches)))
-        tables = [_opened(data) if listing is None else listing.restrict(_opened(data)) for data in read]
+        tables = [_opened(data) for data in read]
+    if listing is not None:
+        listing.restrict(tables)
     table = settle(tables, spec)
     prints = tuple(sorted(pc.unique(table["fingerprint"]).to_pylist()))
     return Merged(table=table, num_receipts=len(work), fingerprints=prints)
@@ -176,7 +180,7 @@ def _read_batch(store: Store, work: Sequence[tuple[str, int]], spec: DatasetSpec
 def _opened(data: bytes) -> pa.Table:
     """Return the table of a stream: unpacked column by column into memory that is freed the same way.
 
-    Pickled tables would lie in the heap in pieces of many sizes, which never gives them back: 1 GB of a million objects.
+    Pickled tables would lie in the heap in pieces of many sizes, which never gives them back: 1 GB of a million.
     """
     with pa.ipc.open_stream(data) as reader:
         return reader.read_all()
@@ -306,12 +310,17 @@ def _choose(table: pa.Table, order: pa.Array, again: Any) -> Any:
     """Return which places of `order` stay, where `again` marks rows of the same object as the row before."""
     keep = ~again
     firsts = np.flatnonzero(keep)
-    ends = np.append(firsts[1:], len(again))
+    counts = np.diff(np.append(firsts, len(again)))
+    rows_of = order.to_numpy().astype(np.int64)
     names = ["uid", "source", "status", "fingerprint", "rank", "asset_sha256", "lengths", "crc32s"]
-    for group in np.flatnonzero(ends - firsts > 1):
-        first, end = int(firsts[group]), int(ends[group])
-        rows = table.select(names).take(order.slice(first, end - first)).to_pylist()
-        keep[first], keep[first + _first_of(rows)] = False, True
+    groups = np.flatnonzero(counts > 1)
+    for begin in range(0, len(groups), _GROUPS_AT_ONCE):
+        some = groups[begin : begin + _GROUPS_AT_ONCE]
+        places = np.concatenate([np.arange(firsts[i], firsts[i] + counts[i]) for i in some])
+        found = pa.table({name: _gather(table[name], rows_of[places]) for name in names}).to_pylist()
+        for i in some.tolist():
+            rows, found = found[: counts[i]], found[counts[i] :]
+            keep[firsts[i]], keep[firsts[i] + _first_of(rows)] = False, True
     return np.flatnonzero(keep)
 
 
