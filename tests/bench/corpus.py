@@ -284,7 +284,7 @@ def costs() -> dict[str, float]:
     return {"peak_rss_bytes": own.ru_maxrss * 1024, "cpu_seconds": round(seconds, 2)}
 
 
-def assemble(folder: Path, rounds: int = 5, objects: int = 32) -> dict[str, float]:
+def assemble(folder: Path, rounds: int = 15, objects: int = 32) -> dict[str, float]:
     """Measure shard assembly against hashing and writing its bytes once; MB/s of the encoded bytes, medians."""
     rng = np.random.default_rng(0)
     store = open_store(str(folder / "assembled"))
