@@ -45,7 +45,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed_while_writing(
         return bytes(data)
 
     monkeypatch.setattr(os, "pread", forgetful)
-    with pytest.raises(DamagedDataError, match="new.tar: bytes 0 to .* are not what was written"):
+    with pytest.raises(DamagedDataError, match=r"new\.tar: bytes 0 to .* are not what was written"):
         write_shard([small("ball-0"), small("ball-2")], tmp_path / "new.tar")
     assert not list(tmp_path.iterdir())
 
