@@ -90,6 +90,20 @@ class Part:
     crc32: int
 
 
+def _values(column: Any, kind: type[np.integer[Any]]) -> NDArray[Any]:
+    """Return the numbers of a column without nulls, uncopied.
+
+    Arrow's own `to_numpy` imports pandas where there is one: 0.25 s and 40 MB in every process that opens a version.
+    """
+    start = column.offset * np.dtype(kind).itemsize
+    return np.frombuffer(column.buffers()[1], kind, len(column), start)
+
+
+def _flags(column: Any) -> NDArray[np.bool_]:
+    bits = np.unpackbits(np.frombuffer(column.buffers()[1], np.uint8), bitorder="little")
+    return bits[column.offset : column.offset + len(column)].astype(bool)
+
+
 @dataclass(frozen=True, slots=True)
 class _Lists:
     """The lists of numbers of one record batch: offsets [n + 1] mapped, values read from the file where they are
@@ -106,7 +120,7 @@ class _Lists:
     @classmethod
     def of(cls, column: Any, base: int, kind: type[np.integer[Any]]) -> _Lists:
         """Find the values of a list column in the file that is mapped at `base`."""
-        return cls(column.offsets.to_numpy(), column.buffers()[3].address - base, kind)
+        return cls(_values(column.offsets, np.int32), column.buffers()[3].address - base, kind)
 
     def read(self, descriptor: int, place: int) -> tuple[int, ...]:
         """Return the list at a place."""
@@ -141,14 +155,14 @@ class SampleIndex:
         self.num_views = self._column("num_views", np.int16)
         self.shard = self._column("shard", np.int32)
         self._layout = self._column("layout", np.int16)
-        flags = [batch.column("heldout").to_numpy(zero_copy_only=False) for batch in self._batches]
+        flags = [_flags(batch.column("heldout")) for batch in self._batches]
         self.heldout: NDArray[np.bool_] = np.concatenate(flags) if flags else np.zeros(0, bool)
-        self._offsets = [batch.column("offset").to_numpy() for batch in self._batches]
+        self._offsets = [_values(batch.column("offset"), np.int64) for batch in self._batches]
         self._lengths = [_Lists.of(batch.column("lengths"), base, np.int32) for batch in self._batches]
         self._crc32s = [_Lists.of(batch.column("crc32s"), base, np.uint32) for batch in self._batches]
 
     def _column(self, name: str, kind: type[np.integer[Any]]) -> NDArray[Any]:
-        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        parts = [_values(batch.column(name), kind) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, kind)
 
     def __len__(self) -> int:
