@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError, NotFoundError
 
+from pipeline.backends import short_error
 from pipeline.manifest import manifest_key
 from pipeline.shard import DamagedDataError, MemberIndex, member_name, shard_key
 from pipeline.store import Store, StoreError
@@ -263,7 +264,7 @@ def _download(store: Store, version: Version, path: Path) -> None:
             f"corpus {store.url}: the manifest of version {version.number} is missing; restore it"
         ) from None
     except (BaseError, OSError) as error:
-        raise StoreError(f"{store.url}: reading {key} failed: {str(error).splitlines()[0][:300]}") from error
+        raise StoreError(f"{store.url}: reading {key} failed: {short_error(error)}") from None
     if (digest.hexdigest(), count) != (version.manifest_sha256, version.manifest_bytes):
         raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
 
