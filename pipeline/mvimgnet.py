@@ -251,8 +251,10 @@ def reprojection_px(model: Model) -> float | None:
     Measured, not taken from points3D, whose `error` is -1 where another program wrote the model.
     """
     total, number = 0.0, 0
+    order = np.argsort(model.seen_image, kind="stable")
+    bounds = np.searchsorted(model.seen_image[order], np.arange(len(model.images) + 1))
     for i, image in enumerate(model.images):
-        mine = model.seen_image == i
+        mine = order[bounds[i] : bounds[i + 1]]
         camera = model.points[model.seen_point[mine]] @ image.rotation.T + image.translation
         front = camera[:, 2] > 1e-9
         if front.any():
