@@ -250,6 +250,17 @@ def vote(model: Model, looks: Sequence[Look]) -> Bool:
     return votes.of_object()
 
 
+def inside_of(look: Look, chosen: Bool, stride: int) -> float:
+    """Return the share of the object's points [P] in a frame that lie in its mask; 1 where there are too few to tell.
+
+    Its points lie in its outline whether they are seen or hidden: a hole, or a part that is missing, shows here and
+    not in boxes.
+    """
+    seen = look.seen & chosen[::stride]
+    number = int(seen.sum())
+    return float((look.seen_in & seen).sum()) / number if number >= LEAST_POINTS else 1.0
+
+
 def agreement_of(look: Look, points: Float64) -> float:
     """Return the overlap (intersection over union) of a mask's box with that of the object's projected points."""
     pixels = project(points, look.frame)
