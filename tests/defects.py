@@ -76,17 +76,26 @@ def with_model(base: Capture, **parts: bytes) -> Capture:
     return replace(base, models={"0": base.models["0"] | {f"{name}.bin": data for name, data in parts.items()}})
 
 
-def fewer(base: Capture, count: int) -> dict[str, bytes]:
-    """Files of the model with the first `count` frames alone, as pycolmap writes them."""
+def _opened(base: Capture) -> pycolmap.Reconstruction:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in base.models["0"].items():
             (Path(folder) / name).write_bytes(data)
-        model = pycolmap.Reconstruction(folder)
-        for image in list(model.images.values()):
-            if image.name not in list(base.poses)[:count]:
-                model.deregister_frame(image.frame_id)
-        model.write_binary(folder)
+        return pycolmap.Reconstruction(folder)
+
+
+def _written(rec: pycolmap.Reconstruction) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        rec.write_binary(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def fewer(base: Capture, count: int) -> dict[str, bytes]:
+    """Files of the model with the first `count` frames alone, as pycolmap writes them."""
+    rec = _opened(base)
+    for image in list(rec.images.values()):
+        if image.name not in list(base.poses)[:count]:
+            rec.deregister_frame(image.frame_id)
+    return _written(rec)
 
 
 def with_lens(base: Capture, model: str, params: list[float], width: int = WIDTH, height: int = HEIGHT) -> Capture:
@@ -95,9 +104,7 @@ def with_lens(base: Capture, model: str, params: list[float], width: int = WIDTH
     rec.add_camera_with_trivial_rig(
         pycolmap.Camera(camera_id=1, model=model, width=width, height=height, params=params)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        rec.write_binary(folder)
-        return with_model(base, cameras=(Path(folder) / "cameras.bin").read_bytes())
+    return with_model(base, cameras=_written(rec)["cameras.bin"])
 
 
 def holed(mask: Array) -> Array:
@@ -200,6 +207,13 @@ def _of_models(base: Capture, names: list[str]) -> Iterator[tuple[str, Defect]]:
         capture=with_lens(base, "RADIAL", [1.1 * HEIGHT, WIDTH / 2, HEIGHT / 2, 1.25, -5.9]),
         kind="bad_camera", says={"message": "distortion"},
     )  # fmt: skip
+    rec = _opened(base)
+    for point in rec.points3D.values():
+        point.error = -1.0
+    yield (
+        "points without an error",
+        Defect(capture=replace(base, models={"0": _written(rec)}), says={"reprojection_px": lambda px: 0 <= px < 0.5}),
+    )
     yield "a camera of 4 gigapixels", Defect(
         capture=with_lens(base, "PINHOLE", [7e4, 7e4, 18432, 32768], 36864, 65536),
         kind="bad_camera", says={"message": "pixels are allowed"},

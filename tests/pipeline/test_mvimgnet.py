@@ -16,9 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline import looks
-from pipeline.colmap import parse_model
-from pipeline.mvimgnet import ingest, producer, reprojection_px
+from pipeline.mvimgnet import ingest, producer
 from pipeline.sample import decode_rgba
 from pipeline.shard import write_shard
 from pipeline.spec import DatasetSpec
@@ -337,41 +335,6 @@ def test_frames_that_were_turned_after_colmap_saw_them_are_refused() -> None:
         for name, data in masks.items()
     }
     assert failure(replace(capture, masks=masks)).kind == FailureKind.BAD_CAMERA
-
-
-@pytest.mark.parametrize(("width", "height"), [(480, 270), (270, 300), (27, 48), (2700, 4800)])
-def test_a_mask_that_is_not_its_cameras_is_refused_by_its_header(width: int, height: int) -> None:
-    """The mask ends behind its header: were it decoded, it would be damaged."""
-    capture = copy_of(made())
-    whole = png(np.zeros((height, width), np.uint8))
-    capture.masks["003.jpg"] = whole[: whole.index(b"IDAT") + 8]
-    assert run(capture).quality["dropped"] == {"bad_size": 1}
-
-
-def test_what_is_kept_of_a_frame_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.looks.MAX_VOTERS", 150)
-    kept = []
-    original = looks._look
-    monkeypatch.setattr(looks, "_look", lambda *arguments: kept.append(original(*arguments)) or kept[-1])
-    capture = made()
-    sample = run(capture)
-    assert {len(look.seen) for look in kept} == {len(look.seen_in) for look in kept}
-    assert all(len(look.seen) <= 150 for look in kept)
-    assert_exact(capture, sample)
-
-
-def test_the_reprojection_error_is_the_mean_over_all_observations() -> None:
-    capture = made()
-    model = parse_model("0", *(capture.models["0"][f"{part}.bin"] for part in ("cameras", "images", "points3D")))
-    moved = replace(model, seen_px=model.seen_px + np.where(np.arange(len(model.seen_px)) % 4 == 0, 3.0, 0.0)[:, None])
-    misses = []
-    for image, point, pixel in zip(moved.seen_image, moved.seen_point, moved.seen_px):
-        one = moved.images[image]
-        x, y, z = one.rotation @ moved.points[point] + one.translation
-        misses.append(np.linalg.norm(moved.lenses[one.camera_id].pixels(np.array([[x / z, y / z]]))[0] - pixel))
-    assert reprojection_px(moved) == pytest.approx(np.mean(misses))
-    assert np.mean(misses) == pytest.approx(3 * 2**0.5 / 4, rel=0.02)
-    assert reprojection_px(replace(model, seen_image=model.seen_image[:0], seen_point=model.seen_point[:0])) is None
 
 
 def with_exif_turn(data: bytes) -> bytes:
