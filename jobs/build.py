@@ -32,7 +32,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.produce import Producer, check_device, producer_of, render_asset
+from jobs.produce import Producer, check_device, needs_trial, producer_of
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import READ_THREADS, receipt_sizes
@@ -208,13 +208,14 @@ def _check_workers(spec: DatasetSpec) -> None:
 
 
 def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
-    """Start one Blender where a GPU is asked for: Ray may believe in one that Blender does not see."""
-    if spec.workers.device == "cpu" or produce is not render_asset:
+    """Start one Blender where a GPU is asked for, which Ray may see and Blender not; run a hook for masks once."""
+    if not needs_trial(spec, produce):
         return
     workers = spec.workers
     task = _try_device.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name="look for the device")
     try:
-        ray.get(task.remote(spec, fingerprint))
+        if said := ray.get(task.remote(spec, fingerprint)):
+            logging.getLogger(__name__).warning("on a test picture, %s", said)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
@@ -224,8 +225,8 @@ def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> Non
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _try_device(spec: DatasetSpec, fingerprint: str) -> None:
-    check_device(spec, fingerprint)
+def _try_device(spec: DatasetSpec, fingerprint: str) -> str:
+    return check_device(spec, fingerprint)
 
 
 def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:

@@ -79,6 +79,10 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
     try:
         if request["type"] == "picture":
             _picture(line, request)
+        elif request["type"] == "hook":
+            from pipeline.masks import try_hook
+
+            line.tell({"type": "hook", "said": try_hook(request["command"])})
         else:
             _ingest(line, request, json.loads(names), ingest)
     except AssetError as error:
@@ -89,7 +93,8 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
         kind, message = FailureKind.OUT_OF_MEMORY.value, "Python could not get memory"
     except Exception as error:  # noqa: BLE001 - any fault must become a reply, or the supervisor would wait in vain
         traceback.print_exc()
-        kind, message = FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}"
+        full = confine.full_disk(error)
+        kind, message = ("user", full) if full else (FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}")
     else:
         return
     sys.stdout.flush()

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.capture import CaptureFiles
-from pipeline.members import OpenCapture
+from pipeline.members import MemberReader, OpenCapture
 from pipeline.sample import MAX_VIEWS, asset_row
 from pipeline.spec import DatasetSpec
 from pipeline.types import (
@@ -158,6 +158,21 @@ class IngestWorker(Supervisor):
         if len(shape) != 3 or shape[2] != 3 or math.prod(shape) != len(payload):
             self._fail(self.crash_kind, f"a picture of shape {str(told)[:60]} came with {len(payload)} bytes")
         return np.frombuffer(payload, np.uint8).reshape(shape)
+
+    def check_hook(self) -> str:
+        """Run the spec's hook for masks once, where it will run; return what it said if it failed on a test picture.
+
+        Raises:
+            UserError: it cannot be run.
+            AssetError: no word about the hook, such as a child that does not start.
+        """
+        child = self._ensure_child()
+        asset = Asset(uid="the hook", source="colmap", uri="", format="capture")
+        reader = MemberReader(asset.uid, {}, 0)
+        files = CaptureFiles(uid=asset.uid, frames={}, masks={}, models={}, read=reader.read)
+        job = _Job(asset, [], OpenCapture(files, reader), time.monotonic() + START_DEADLINE_S)
+        request = {"type": "hook", "command": self._spec.capture.mask_command}
+        return str(self._ask(child, job, request, "hook")[0].get("said", ""))[:500]
 
     def _ensure_child(self) -> ChildProcess:
         if self._child is None:

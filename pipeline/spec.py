@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -191,6 +192,12 @@ class CaptureSpec(BaseModel):
     )
     margin: float = Field(1.0, ge=1.0, le=2.0, description="half side of the world's box over the object's")
 
+    @model_validator(mode="after")
+    def _command_can_be_filled_in(self) -> CaptureSpec:
+        if self.mask_command not in (None, "rembg"):
+            split_command(str(self.mask_command))
+        return self
+
 
 class ShardSpec(BaseModel):
     """How assets are dealt into shards."""
@@ -354,6 +361,17 @@ class DatasetSpec(BaseModel):
         """Whether the uid belongs to the held-out split."""
         digest = hashlib.sha256(f"{self.split.salt}\x1f{uid}".encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:8], "big") % 1000 < self.split.heldout_per_mille
+
+
+def split_command(command: str) -> list[str]:
+    """Return the words of a `capture.mask_command` other than rembg; ValueError where it is none."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"mask_command {command!r}: {error}") from None
+    if not any("{image}" in word for word in words[1:]) or not any("{mask}" in word for word in words[1:]):
+        raise ValueError(f"mask_command {command!r}: it must be rembg, or a program and {{image}} and {{mask}}")
+    return words
 
 
 def canonical_json(value: Any) -> bytes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +53,17 @@ def limit(memory_bytes: int) -> None:
         _, hard = resource.getrlimit(name)
         allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (allowed, allowed))
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Return what to say where an error means that the scratch folder's disk is full, else None.
+
+    Nothing is wrong with the object then, so it must not become its failure.
+    """
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    place = error.filename or tempfile.gettempdir()
+    return f"{place}: {os.strerror(error.errno)}; free some, or set TMPDIR to a folder on another disk"
 
 
 def leave_network() -> str:
