@@ -6,13 +6,14 @@ Heavy packages (torch, transformers) are imported by the verb that runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.options import Corpus, Overrides, VersionText
+from jobs.options import Corpus, Json, Overrides, VersionText
 
 
 def train(
@@ -52,4 +53,26 @@ def weights(
     typer.echo(f"wrote {path}", err=True)
 
 
-VERBS: tuple[Callable[..., None], ...] = (train, weights)
+def infer(
+    image: Annotated[Path, typer.Option(help="a picture, or a folder of pictures")],
+    checkpoint: Annotated[Path, typer.Option(help="folder that training wrote")],
+    out: Annotated[Path, typer.Option(help="folder for a folder a picture: mesh, film, views")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Make a textured mesh (GLB), a turntable (MP4, GIF) and views of a picture, or of each of a folder."""
+    from lrm.infer import infer as run
+    from lrm.infer import infer_config
+
+    done = run(image, checkpoint, out, infer_config(overrides or ()))
+    typer.echo(done.as_text(), err=True)
+    for one in done.pictures:
+        said = f"{one.vertices} vertices, {one.faces} faces: {out / one.name}"
+        typer.echo(f"error: {one.failure}" if one.failure else f"  {one.name}: {said}", err=True)
+    if as_json:
+        typer.echo(json.dumps(done.as_json()))
+    if done.failed:
+        raise typer.Exit(1)
+
+
+VERBS: tuple[Callable[..., None], ...] = (train, weights, infer)
