@@ -53,6 +53,25 @@ def weights(
     typer.echo(f"wrote {path}", err=True)
 
 
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option(help="folder that training wrote")],
+    corpus: Corpus,
+    out: Annotated[Path, typer.Option(help="folder for objects.parquet, table.txt, evaluation.json, examples.png")],
+    version: VersionText = "latest",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint on the objects that a version holds out: PSNR, SSIM, LPIPS, CLIP, FID, Chamfer, F-score."""
+    from lrm.evaluate import eval_config
+    from lrm.evaluate import evaluate as run
+    from pipeline.version import parse_version
+
+    result = run(checkpoint, corpus, parse_version(version), out, eval_config(overrides or ()))
+    typer.echo(result.as_text(), err=True)
+    if as_json:
+        typer.echo(json.dumps(result.as_json()))
+
+
 def infer(
     image: Annotated[Path, typer.Option(help="a picture, or a folder of pictures")],
     checkpoint: Annotated[Path, typer.Option(help="folder that training wrote")],
@@ -75,4 +94,4 @@ def infer(
         raise typer.Exit(1)
 
 
-VERBS: tuple[Callable[..., None], ...] = (train, weights, infer)
+VERBS: tuple[Callable[..., None], ...] = (train, weights, evaluate, infer)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -70,17 +70,26 @@ def infer_config(overrides: Sequence[str] = ()) -> InferConfig:
     return validate_config(InferConfig, apply_overrides({}, overrides), "infer")
 
 
-def load_model(path: Path) -> tuple[LRM, RunConfig]:
-    """Return the model that a run's folder holds, for inference, and its config. Averaged weights are preferred.
+class LoadedModel(NamedTuple):
+    """A run's model, what it was made by, how many steps it was trained, and on which version, by digest."""
+
+    model: LRM
+    config: RunConfig
+    step: int
+    version_digest: str
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Return the model that a run's folder holds, for inference. Averaged weights are preferred.
 
     Raises:
         UserError: if there is no readable checkpoint.
     """
-    model, config, _ = checkpoint.load_model(path)
+    model, config, state = checkpoint.load_model(path)
     volume = model.config.volume
     chunk_rays = min(volume.chunk_rays or RENDER_CHUNK_RAYS, RENDER_CHUNK_RAYS)
     model.config = model.config.model_copy(update={"volume": volume.model_copy(update={"chunk_rays": chunk_rays})})
-    return model, config
+    return LoadedModel(model, config, int(state["step"]), str(state.get("version_digest", "unknown")))
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -179,9 +188,9 @@ def infer(path: Path, checkpoint_dir: Path, out_dir: Path, config: InferConfig) 
     pictures, device = list_pictures(path), pick_device(config.device)
     stages = Stages(device)
     with stages("load"):
-        model, run = load_model(checkpoint_dir)
-        model.to(device)
-    worker, done = _Worker(model, run, config, stages), []
+        loaded = load_model(checkpoint_dir)
+        loaded.model.to(device)
+    worker, done = _Worker(loaded.model, loaded.config, config, stages), []
     for start in range(0, len(pictures), config.batch_size):
         done += worker.batch(_names(pictures)[start : start + config.batch_size], out_dir)
     return InferResult(pictures=tuple(done), seconds=stages.seconds, device=str(device))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from lrm import checkpoint
 from lrm.infer import Stages, _Worker, infer, infer_config, load_model, render_orbit
 from lrm.model import LRM
 from lrm.photo import orbit_camera
@@ -143,19 +144,16 @@ def test_a_folder_goes_on_past_what_fails_and_gives_what_one_picture_gives(
     assert len(meshes[2].vertices) != len(meshes[1].vertices)
 
 
-def test_the_model_is_the_averaged_one_and_renders_in_pieces(trained: Path) -> None:
-    model, config = load_model(trained)
-    from lrm.checkpoint import newest_checkpoint
-
-    found = newest_checkpoint(trained)
-    assert found is not None
-    averaged, last = found[1]["ema"], found[1]["model"]
-    name = "decoder.tokens"
-    assert not torch.equal(averaged[name], last[name])
-    torch.testing.assert_close(model.state_dict()[name], averaged[name])
+def test_the_model_is_the_checkpoint_s_and_renders_in_pieces(trained: Path) -> None:
+    model, config, step, digest = load_model(trained)
+    saved, _, _ = checkpoint.load_model(trained)
+    for name, tensor in saved.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     assert model.config.volume.chunk_rays == 16384
-    assert not model.training
     assert config.model.volume.chunk_rays == 0
+    assert not model.training
+    assert step == 40
+    assert len(digest) == 64
 
 
 def test_what_is_asked_for_wrongly_is_said_in_one_line(trained: Path, picture: Path, tmp_path: Path) -> None:
@@ -171,6 +169,6 @@ def test_what_is_asked_for_wrongly_is_said_in_one_line(trained: Path, picture: P
 
 
 def test_the_level_follows_the_training_s_samples(trained: Path) -> None:
-    model, config = load_model(trained)
+    model, config, *_ = load_model(trained)
     worker = _Worker(model, config, infer_config(), Stages(torch.device("cpu")))
     assert worker.level == pytest.approx(16 * np.log(2) / 2)
