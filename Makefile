@@ -23,6 +23,8 @@ DEAD   ?= 0.5
 GRACE_S ?= 604800
 OBJECTS ?= 1000000
 WEIGHTS ?=
+IMAGE  ?=
+CHECKPOINT ?= $(OUT)/train
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -34,7 +36,7 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train publish diff verify tombstone compact gc status report train weights test test-crash lint \
+	bench-loader bench-train publish diff verify tombstone compact gc status report train weights evaluate infer test test-crash lint \
 	format s3-up clean
 
 help: ## list every target with its variables
@@ -123,6 +125,12 @@ train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=lat
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
 	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')
+
+evaluate: $(VENV)/.ready ## measure a checkpoint on the objects held out [CHECKPOINT=out/train CORPUS= VERSION= OUT=out SET= JSON=1]
+	@$(CLI) evaluate --checkpoint '$(CHECKPOINT)' --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/evaluation' $(flags_set) $(flags_json)
+
+infer: $(VENV)/.ready ## a picture, or a folder of them, to mesh, film, views [IMAGE= CHECKPOINT=out/train OUT=out SET="resolution=384" JSON=1]
+	@$(CLI) infer --image '$(IMAGE)' --checkpoint '$(CHECKPOINT)' --out '$(OUT)/infer' $(flags_set) $(flags_json)
 
 bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers on this machine [ARGS="--preset small"]
 	@$(BIN)/python -m tests.bench.train $(ARGS)
