@@ -35,6 +35,8 @@ from pipeline.spec import canonical_json
 from pipeline.store import ObjectInfo, Store, StoreError
 
 BEAT_S = 60.0
+MIN_BEAT_S = 5.0
+"""Changes of open shards or of state bring the next beat forward, up to so many seconds after the last."""
 LATE = 3.0
 """A run whose newest beat is older than so many periods is stale."""
 FORGET_S = 7 * 24 * 3600.0
@@ -121,7 +123,7 @@ class Heart:
         self._thread.start()
 
     def tell(self, now: Mapping[str, Any], *, at_once: bool = False) -> None:
-        """Say how it stands; the next beat carries it, `at_once` brings that forward."""
+        """Say how it stands; the next beat carries it, and `at_once` brings that forward."""
         self._now = now
         if at_once:
             self._wake.set()
@@ -142,10 +144,12 @@ class Heart:
 
     def _run(self) -> None:
         self._sweep()
+        self._wake.wait(MIN_BEAT_S)  # the first beat tells what is open
         while not self._stop.is_set():
-            self._beat()
-            self._wake.wait(self._beat_s)
             self._wake.clear()
+            self._beat()
+            self._stop.wait(min(MIN_BEAT_S, self._beat_s))
+            self._wake.wait(max(0.0, self._beat_s - MIN_BEAT_S))
 
     def _key(self, number: int) -> str:
         return f"runs/{self.id}/{number:06d}.json"

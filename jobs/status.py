@@ -210,8 +210,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"  speed    {plan['objects_per_s']:.3g} objects/s{left}")
     cost = plan["cost"]
     if cost["objects_timed"]:
-        hours = f"{cost['cpu_hours']:.2f} CPU hours" + (
-            f", {cost['gpu_hours']:.2f} GPU hours" if cost["gpu_hours"] else ""
+        hours = f"{cost['cpu_hours']:.3g} CPU hours" + (
+            f", {cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else ""
         )
         price = "" if cost["so_far"] is None else f", cost {cost['so_far']:.2f} so far, {cost['left'] or 0:.2f} to go"
         lines.append(f"  spent    {hours}{price}")

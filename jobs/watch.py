@@ -138,6 +138,7 @@ class Watch:
         self._samples, self._kinds = 0, Counter[str]()
         self._waiting: dict[str, str] = {}  # node -> which disk of it is full
         self._full, self._ticked_s = "", -1e9
+        self._last_told: tuple[str, ...] = ()
         self._counter = ThreadPoolExecutor(1, "count-receipts")
         self._counting: Future[None] | None = None
         self._commits, self._count_at = 0, summary.FEW
@@ -179,14 +180,16 @@ class Watch:
         }  # fmt: skip
         for name, value in gauges.items():
             self._metrics.set(name, float(value))
-        self._heart.tell(
-            {
-                "state": "paused" if self._full else "running",
-                "reason": self._full or "; ".join(f"{node}: {found}" for node, found in self._waiting.items()),
-                "shards": [(s.plan.plan_id, s.plan.index, len(s.plan.assets), len(s.results)) for s in opened],
-                "making": making, "samples": self._samples, "failures": dict(self._kinds),
-            }
-        )  # fmt: skip
+        state = "paused" if self._full else "running"
+        reason = self._full or "; ".join(f"{node}: {found}" for node, found in self._waiting.items())
+        told = {
+            "state": state, "reason": reason, "making": making, "samples": self._samples,
+            "failures": dict(self._kinds),
+            "shards": [(s.plan.plan_id, s.plan.index, len(s.plan.assets), len(s.results)) for s in opened],
+        }  # fmt: skip
+        changed = (state, reason, *(shard.plan.plan_id for shard in opened))
+        self._heart.tell(told, at_once=changed != self._last_told)
+        self._last_told = changed
         return not self._full
 
     def _look_at_disk(self) -> None:
