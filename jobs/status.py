@@ -202,7 +202,7 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if plan[word]["objects"]:
             what = plan[word]
             made = (
-                f"{what['made']} of them made" if word == "running" else "their run went without a word: run it again"
+                f"{what['made']} of them made" if word == "running" else "their run fell silent: run it again"
             )
             lines.append(f"  {word:8s} {what['objects']} objects in SHARDS={_short(what['shards'])}, {made}")
     if plan["objects_per_s"] is not None:
