@@ -39,6 +39,8 @@ MIN_BEAT_S = 5.0
 """Changes of open shards or of state bring the next beat forward, up to so many seconds after the last."""
 LATE = 3.0
 """A run whose newest beat is older than so many periods is stale."""
+END_S = 5.0
+"""How long the end of a run may wait for a store that does not answer."""
 FORGET_S = 7 * 24 * 3600.0
 MAX_BEAT_BYTES = 2**20
 _THREADS = 16
@@ -129,18 +131,11 @@ class Heart:
             self._wake.set()
 
     def end(self, state: str, reason: str = "") -> None:
-        """Stop beating. A run that ended well leaves nothing, another one its last word."""
+        """Stop beating. A run that ended well leaves nothing, another one its last word; END_S is all it may take."""
+        self._now = dict(self._now) | {"state": state, "reason": reason[:500]}
         self._stop.set()
         self._wake.set()
-        self._thread.join(timeout=30)
-        if state != "ended":
-            self._now = dict(self._now) | {"state": state, "reason": reason[:500]}
-            self._beat()
-            return
-        gone = [_forget(self._store, self._key(number)) for number in range(self._number)]
-        if not all(gone):
-            self._now = {"state": "ended", "reason": ""}
-            self._beat()
+        self._thread.join(timeout=END_S)
 
     def _run(self) -> None:
         self._sweep()
@@ -148,8 +143,11 @@ class Heart:
         while not self._stop.is_set():
             self._wake.clear()
             self._beat()
-            self._stop.wait(min(MIN_BEAT_S, self._beat_s))
-            self._wake.wait(max(0.0, self._beat_s - MIN_BEAT_S))
+            if not self._stop.wait(min(MIN_BEAT_S, self._beat_s)):
+                self._wake.wait(max(0.0, self._beat_s - MIN_BEAT_S))
+        left = range(max(0, self._number - 2), self._number)  # those before are gone, or cannot be removed
+        if self._now["state"] != "ended" or not all(_forget(self._store, self._key(number)) for number in left):
+            self._beat()
 
     def _key(self, number: int) -> str:
         return f"runs/{self.id}/{number:06d}.json"

@@ -201,9 +201,7 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     for word in ("running", "stale"):
         if plan[word]["objects"]:
             what = plan[word]
-            made = (
-                f"{what['made']} of them made" if word == "running" else "their run fell silent: run it again"
-            )
+            made = f"{what['made']} of them made" if word == "running" else "their run fell silent: run it again"
             lines.append(f"  {word:8s} {what['objects']} objects in SHARDS={_short(what['shards'])}, {made}")
     if plan["objects_per_s"] is not None:
         left = f", {_duration(plan['time_left_s'])} left at this speed" if plan["time_left_s"] else ""

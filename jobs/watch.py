@@ -14,10 +14,10 @@ import datetime
 import logging
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -139,8 +139,7 @@ class Watch:
         self._waiting: dict[str, str] = {}  # node -> which disk of it is full
         self._full, self._ticked_s = "", -1e9
         self._last_told: tuple[str, ...] = ()
-        self._counter = ThreadPoolExecutor(1, "count-receipts")
-        self._counting: Future[None] | None = None
+        self._counting: threading.Thread | None = None
         self._commits, self._count_at = 0, summary.FEW
 
     def __enter__(self) -> Self:
@@ -153,7 +152,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._counter.shutdown(wait=True, cancel_futures=True)
+        if self._counting is not None and error is None:
+            self._counting.join(timeout=runs.END_S)
         states = ((KeyboardInterrupt, "interrupted"), (RunStoppedError, "stopped"), (BaseException, "failed"))
         state = "ended" if error is None else next(word for one, word in states if isinstance(error, one))
         reason = "" if error is None else logs.redact(" ".join(str(error).split()))
@@ -241,9 +241,10 @@ class Watch:
         self._metrics.add("lrm_shard_bytes", done.shard_bytes)
         logs.event("shard_committed", plan_id=done.plan_id, samples=done.samples, failures=dict(done.failures))
         self._commits += 1
-        if self._commits >= self._count_at and (self._counting is None or self._counting.done()):
+        if self._commits >= self._count_at and (self._counting is None or not self._counting.is_alive()):
             self._commits = 0
-            self._counting = self._counter.submit(self._count)
+            self._counting = threading.Thread(target=self._count, name="count-receipts", daemon=True)
+            self._counting.start()
 
     def _count(self) -> None:
         """Store a summary of the receipts, so that the next look at the corpus is quick."""

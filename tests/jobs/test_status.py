@@ -94,9 +94,7 @@ def test_a_run_is_running_while_it_beats_then_stale_and_gone_when_it_ends(any_st
     assert found["runs"][0]["state"] == "running"
     time.sleep(1.0)
     assert len(list(any_store.list("runs/"))) <= 2, "old beats are removed"
-    heart._stop.set()  # it dies without a word
-    heart._wake.set()
-    heart._thread.join()
+    heart._beat = lambda: None  # type: ignore[method-assign]  # it falls silent
     time.sleep(1.7)  # S3 tells whole seconds
     found = corpus_status(any_store)
     assert found["plans"][0]["stale"]["shards"] == "1"

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import logs, runs
+from jobs import guard, logs, runs, watch
 from jobs.build import build
 from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
 from jobs.metrics import COUNTERS, GAUGES
@@ -32,6 +32,7 @@ from pipeline.receipt import load
 from pipeline.spec import DatasetSpec
 from pipeline.store import open_store
 from pipeline.types import UserError
+from tests.conftest import make_asset
 from tests.jobs import fakes
 from tests.jobs.test_build import make_spec, wait_for
 
@@ -95,6 +96,24 @@ def test_a_full_disk_is_named_and_waited_for(tmp_path: Path) -> None:
     found = DiskGuard([tmp_path], 2 * free + 2**40).full()
     assert str(tmp_path) in found
     assert "workers.min_free_bytes" in found
+
+
+def test_a_task_gives_its_object_back_where_its_node_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(watch, "ROOM_WAIT_S", 0.1)
+    monkeypatch.setattr(guard, "POLL_S", 0.05)
+    monkeypatch.setattr(guard, "LOOK_S", 0.05)
+    asset = make_asset("procedural-1")
+    none = with_workers(make_spec(), min_free_bytes=2**60)
+    told, result = watch.watched(fakes.produce, none, "f", asset)
+    assert result is None
+    assert "workers.min_free_bytes" in told["full"]
+    told, result = watch.watched(fakes.produce, with_workers(none, min_free_bytes=0), "f", asset)
+    assert result is not None
+    assert "full" not in told
+    assert result.provenance["trace"] == logs.trace_of("f", asset.uid)
+    assert told["bytes"] == sum(len(p.data) for view in result.views for p in view.planes.values())  # type: ignore[union-attr]
 
 
 @pytest.fixture
