@@ -36,7 +36,8 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train publish diff verify tombstone compact gc status report train weights evaluate infer test test-crash lint \
+	bench-loader bench-train publish diff verify tombstone compact gc status why report train weights evaluate infer test \
+	test-crash lint \
 	format s3-up clean
 
 help: ## list every target with its variables
@@ -114,8 +115,11 @@ compact: $(VENV)/.ready ## copy live samples out of shards that are mostly dead 
 gc: $(VENV)/.ready ## list what nothing names; DELETE=1 deletes it [CORPUS= GRACE_S=604800 DELETE=1 JSON=1]
 	@$(CLI) gc --corpus '$(CORPUS)' --grace-s '$(GRACE_S)' $(if $(DELETE),--delete) $(flags_json)
 
-status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]
-	@$(CLI) status --corpus '$(CORPUS)' $(flags_json)
+status: $(VENV)/.ready ## where a corpus stands: done, failed, running, stale, speed, cost [CORPUS= SET="workers.price_per_cpu_hour=0.03" JSON=1]
+	@$(CLI) status --corpus '$(CORPUS)' $(flags_set) $(flags_json)
+
+why: $(VENV)/.ready ## all that is known of one object, and its pictures [CORPUS= UID= OUT=out JSON=1]
+	@$(CLI) why --corpus '$(CORPUS)' --uid '$(if $(filter command,$(firstword $(origin UID))),$(UID))' --out '$(OUT)/why' $(flags_json)
 
 report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=latest OUT=out]
 	@$(CLI) report --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/report'

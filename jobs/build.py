@@ -33,6 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 from jobs.produce import Producer, check_device, needs_trial, producer_of
+from jobs.watch import Watch, watched
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import READ_THREADS, receipt_sizes
@@ -193,10 +194,17 @@ def run(
             if not is_frozen:
                 _check_device(spec, fingerprint, produce)
                 todo = _todo(store, freeze(), summary)
-            with _progress(summary, show_progress) as bar:
-                _Driver(spec, store, fingerprint, produce, summary, bar).run(todo)
+            with _progress(summary, show_progress) as bar, _watch(spec, store, todo, summary) as watch:
+                _Driver(spec, store, fingerprint, produce, summary, bar, watch).run(todo)
     summary.elapsed_s = time.monotonic() - begun
     return summary
+
+
+def _watch(spec: DatasetSpec, store: Store, todo: Sequence[ShardPlan], summary: Summary) -> Watch:
+    done = summary.samples + sum(summary.failures.values())
+    nodes = sorted({str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]})
+    plan_sets = [name for name in summary.plan_set.split(", ") if name]
+    return Watch(spec, store, todo, planned=summary.planned, done=done, nodes=nodes, plan_sets=plan_sets)
 
 
 def _check_workers(spec: DatasetSpec) -> None:
@@ -278,6 +286,8 @@ def _ray_session(spec: DatasetSpec) -> Iterator[None]:
         options |= {
             "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(logs.path),
         }  # fmt: skip
+        if port := os.environ.get("LRM_METRICS_PORT"):
+            options["_metrics_export_port"] = int(port)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -362,10 +372,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 @ray.remote(max_retries=0, num_returns=2)  # type: ignore[untyped-decorator]
 def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) -> tuple[dict[str, Any], Any]:
     """Return (what the driver needs to know, the result itself) of one object."""
-    result = produce(spec, fingerprint, asset)
-    if isinstance(result, Failure):
-        return {"kind": result.kind.value, "views": 0}, result
-    return {"kind": None, "views": len(result.views)}, result
+    return watched(produce, spec, fingerprint, asset)
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
@@ -382,9 +389,17 @@ class _Driver:
     """The loop: keep objects in flight, hand finished shards to assembly, count what dies."""
 
     def __init__(
-        self, spec: DatasetSpec, store: Store, fingerprint: str, produce: Producer, summary: Summary, bar: tqdm[Any]
+        self,
+        spec: DatasetSpec,
+        store: Store,
+        fingerprint: str,
+        produce: Producer,
+        summary: Summary,
+        bar: tqdm[Any],
+        watch: Watch,
     ) -> None:
         self.spec, self.store, self.fingerprint, self.summary, self.bar = spec, store, fingerprint, summary, bar
+        self.watch = watch
         self.produce = ray.put(produce)
         self.open: dict[str, _OpenShard] = {}  # by plan id, first come first
         self.making: dict[Any, tuple[_OpenShard, Asset, Any]] = {}  # status reference -> shard, asset, result reference
@@ -401,7 +416,12 @@ class _Driver:
             while upcoming and len(self.open) < self.spec.workers.open_shards:
                 plan = upcoming.pop()
                 self.open[plan.plan_id] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
-            self._submit()
+            queues = {"making": len(self.making), "assembling": len(self.assembling), "to_come": len(upcoming)}
+            if self.watch.tick(self.open.values(), **queues):
+                self._submit()
+            if not self.making and not self.assembling:  # paused
+                time.sleep(1.0)
+                continue
             done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
             for reference in done:
                 if reference in self.making:
@@ -440,19 +460,24 @@ class _Driver:
         except RayError as error:
             self._died(shard, asset, error)
             return
+        if self.watch.full(status):
+            shard.waiting.append(asset)
+            return
         shard.results[asset.uid] = result
-        self._count(status["kind"], status["views"])
+        self._count(status)
 
-    def _count(self, kind: str | None, views: int) -> None:
-        self.summary.views_rendered += views
-        if kind is not None:
-            self.kinds[kind] += 1
+    def _count(self, status: Mapping[str, Any]) -> None:
+        self.summary.views_rendered += status["views"]
+        if status["kind"] is not None:
+            self.kinds[status["kind"]] += 1
         self.bar.update(1)
+        self.watch.ended(status)
 
     def _died(self, shard: _OpenShard, asset: Asset, error: RayError) -> None:
         """Try an object again whose worker died, or quarantine it; what the user must mend ends the run."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
+        self.watch.died(asset, error)
         self.deaths[asset.uid] += 1
         if self.deaths[asset.uid] < self.spec.limits.max_attempts:
             shard.waiting.append(asset)
@@ -468,7 +493,7 @@ class _Driver:
             attempts=self.deaths[asset.uid],
         )
         shard.results[asset.uid] = ray.put(failure)
-        self._count(kind.value, 0)
+        self._count({"kind": kind.value, "views": 0})
 
     def _assembled(self, reference: Any) -> None:
         shard = self.assembling.pop(reference)
@@ -483,11 +508,13 @@ class _Driver:
                 ) from None
             cause = error.cause if isinstance(error, RayTaskError) else error
             tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {cause}", file=sys.stderr)
+            self.watch.retried(shard.plan, cause)
             time.sleep(2.0**shard.tries)
             self._restart(shard, isinstance(error, RayTaskError))
             return
         self.summary.shards_committed += 1
         self.summary.count(done)
+        self.watch.committed(done)
         del self.open[shard.plan.plan_id]
 
     def _restart(self, shard: _OpenShard, keep_results: bool) -> None:

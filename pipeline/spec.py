@@ -306,6 +306,26 @@ class WorkerSpec(BaseModel):
         description="share of a GPU that a render task reserves, such as 0.25 for four tasks a GPU; goes with a device "
         "other than cpu. A process renders on one GPU, so 1 is the most",
     )
+    max_failure_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="largest share of failures among the last `failure_window` objects; above it the run stops with "
+        "a reason. What a licence policy or a list of the user's leaves out is no failure here; 1 never stops",
+    )
+    failure_window: int = Field(
+        200, ge=10, le=100_000, description="how many of the last objects that share is taken over; fewer never stop"
+    )
+    min_free_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="free disk below which a node makes no new object, and waits until there is room: its temporary "
+        "folder, the fetch cache, and the corpus where that is a folder; 0 never waits",
+    )
+    price_per_cpu_hour: float | None = Field(
+        None, ge=0, description="what a reserved CPU costs an hour, in any currency; `make status` tells the cost"
+    )
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="what a whole GPU costs an hour")
 
     @model_validator(mode="after")
     def _gpu_where_asked(self) -> WorkerSpec:

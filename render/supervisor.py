@@ -34,8 +34,10 @@ class Supervisor:
     Attributes:
         who: how messages call the child.
         timeout_kind, crash_kind: what its silence and its death are.
+        num_started: children that this process has started, of any kind.
     """
 
+    num_started: ClassVar[int] = 0
     who: ClassVar[str]
     timeout_kind: ClassVar[FailureKind]
     crash_kind: ClassVar[FailureKind]
@@ -86,6 +88,7 @@ class Supervisor:
 
     def _launch(self, allowed_s: float, **options: Any) -> tuple[ChildProcess, dict[str, Any]]:
         """Start a child and return it with its first word; `options` are those of `ChildProcess`."""
+        Supervisor.num_started += 1
         self._child = child = ChildProcess(
             self._command,
             home=self._scratch.fresh("home"),

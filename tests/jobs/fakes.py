@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from jobs import produce as produce_module
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, Failure, FailureKind, Sample
 from render import worker as worker_module
+from render.supervisor import Supervisor
 from tests.conftest import make_sample
 
 FAKE_CHILD = Path(__file__).resolve().parents[1] / "render" / "fake_child.py"
@@ -60,3 +62,24 @@ def produce_poison(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
     worker_module.default_command = lambda: [sys.executable, "-P", "-s", str(FAKE_CHILD)]
     produce_module._render = attempt
     return produce_module.render_asset(spec, fingerprint, asset)
+
+
+def produce_offline_from_12(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make a ball; from seed 12 on the network is gone."""
+    if int(asset.uid.rpartition("-")[2]) >= 12:
+        return Failure(uid=asset.uid, kind=FailureKind.NETWORK, message="no route to host")
+    return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+
+def produce_talking(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """As `produce`, with a careless line in the log."""
+    logging.getLogger("jobs.fakes").info("key %s", os.environ.get("AWS_SECRET_ACCESS_KEY"))
+    return produce(spec, fingerprint, asset)
+
+
+def produce_watched(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """As `produce`, in 50 ms, as if a child had been started for each."""
+    time.sleep(0.05)
+    Supervisor.num_started += 1
+    made = produce(spec, fingerprint, asset)
+    return replace(made, provenance=dict(made.provenance) | {"seconds": {"render": 0.04, "encode": 0.01}})
