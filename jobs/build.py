@@ -535,10 +535,11 @@ class _Driver:
         tries, limit = (shard.losses, MAX_NODE_LOSSES) if lost else (shard.tries, MAX_SHARD_TRIES)
         if tries >= limit:
             raise UserError(
-                f"shard {shard.plan.index} could not be stored in {tries} tries: {cause}; "
+                f"shard {shard.plan.index} could not be stored in {tries} tries: {str(cause).strip()}; "
                 "nothing of it was committed; mend the cause and run the same command again"
             ) from None
-        tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {cause}", file=sys.stderr)
+        said = str(cause).strip().split("\n", 1)[0]
+        tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {said}", file=sys.stderr)
         if not lost:
             shard.tries += 1
             time.sleep(2.0**tries)
