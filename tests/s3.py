@@ -93,7 +93,7 @@ def _server(folder: Path, num_volumes: int, address: str, prefix: Sequence[str])
             stderr=log,
             start_new_session=True,
             cwd=folder,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl alone
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - prctl alone
         )
         try:
             reach = [f"-master={address}:{ports['master']}", f"-filer={address}:{ports['filer']}"]
@@ -110,8 +110,8 @@ def _server(folder: Path, num_volumes: int, address: str, prefix: Sequence[str])
                         path.unlink(missing_ok=True)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to kill the server with the process that started it, however that ends (PR_SET_PDEATHSIG)."""
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process with the one that started it, however that ends (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 

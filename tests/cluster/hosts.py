@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.s3 import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 _INIT = """
@@ -74,7 +77,8 @@ class Host:
         _ip("-n", self._namespace, "link", "set", "eth0", "up")
         self._outer = subprocess.Popen(
             ["ip", "netns", "exec", self._namespace, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child",
-             "--mount-proc", "bash", "-c", _INIT, "init", self.name, str(self.network.folder)]
+             "--mount-proc", "bash", "-c", _INIT, "init", self.name, str(self.network.folder)],
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - prctl alone
         )  # fmt: skip
         wait_for(up.exists, 20)
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
@@ -166,6 +170,7 @@ class Network:
 @contextmanager
 def network(folder: Path) -> Iterator[Network]:
     """Make a network; leaving takes down every host of it."""
+    _sweep()
     made = Network(folder)
     _ip("netns", "add", made.switch)
     try:
@@ -176,6 +181,16 @@ def network(folder: Path) -> Iterator[Network]:
         for host in made.hosts.values():
             host.kill()
         subprocess.run(["ip", "netns", "del", made.switch], capture_output=True, check=False)
+
+
+def _sweep() -> None:
+    """Remove the names that tests left which were killed; their hosts died with them."""
+    for line in subprocess.run(
+        ["ip", "netns", "list"], capture_output=True, text=True, check=False
+    ).stdout.splitlines():
+        match = re.match(r"lrm(\d+)-", line)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            subprocess.run(["ip", "netns", "del", line.split()[0]], capture_output=True, check=False)
 
 
 def wait_for(condition: object, timeout_s: float = 120.0, what: str = "") -> None:
