@@ -12,8 +12,9 @@ Driver memory: the real job over 100 thousand planned objects of which all fail,
 loop of the driver is run; peak resident bytes of the driver, whose tables do not know what became of an object.
 
 The simulation (tests/bench/simulation.py) takes the measured costs. Requests to the store are those that a commit of
-one shard makes of a real S3 server, counted by a proxy. `breaks_at_nodes` is the first doubling of nodes whose efficiency
-falls below 0.9, and `breaks_by` what is then at its limit. Prints one JSON line.
+one shard makes of a real S3 server, counted by a proxy. `breaks_at_nodes` is the first doubling of nodes at which a
+slot does less than nine tenths of the work it does at first, and `breaks_by` what is then at its limit. Prints one JSON
+line.
 """
 
 from __future__ import annotations
