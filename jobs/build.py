@@ -9,8 +9,10 @@ command resumes. At most `workers.open_shards` are open, or as many as it takes 
 
 Nodes come and go. The driver looks every NODES_EVERY_S seconds: a new node widens the window of objects in flight; with
 a dead one go the results that lay on it, and these objects alone are made again. The loss of a node is not held against
-an object as the death of its worker is, up to MAX_NODE_LOSSES. An object that alone holds its shard for several times
-as long as others take, on a node that is slow or cut off, is made a second time elsewhere; the first result counts.
+an object as the death of its worker is, up to MAX_NODE_LOSSES. What takes several times as long as others is late: it
+is sent once more, the first result counts, and it no longer takes the place of another object. A node that is slow, or
+was cut off (Ray may wait minutes for what it sent there, even once it knows the node to be dead), so holds neither a
+shard nor the run.
 
 Results wait in Ray's object store until their shard is assembled. Where they fill half of it, only the shard that is
 first in line gets more objects, so that the store is bounded by that half and one shard. Assembly reserves no CPU: it
@@ -23,6 +25,7 @@ sees it. A mistake leaves nothing behind.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -55,10 +58,12 @@ MAX_NODE_LOSSES = 5
 NODES_EVERY_S = 2.0
 FORGIVEN_S = 30.0
 """A worker that died so shortly before a node did may have died with it."""
-STRAGGLER_FACTOR = 4.0
-STRAGGLER_MIN_S = 60.0
-"""An object that alone holds its shard is made a second time once it took this much, and so many times what nine in ten
-of the last objects took from being sent to being done."""
+LATE_FACTOR = 4.0
+LATE_S = 60.0
+LATE_AFTER_LOSS_S = 10.0
+"""An object, or an assembly, is late once it took so many times what nine in ten of the last ones took from being sent
+to being done, and LATE_S at least; LATE_AFTER_LOSS_S if a node was lost meanwhile."""
+MAX_COPIES = 3
 STORE_SHARE = 0.5
 """Share of the cluster's object store that results of shards behind the first may fill."""
 INLINE_BYTES = 100 * 1024
@@ -121,7 +126,7 @@ class _OpenShard:
     results: dict[str, _Result] = field(default_factory=dict)  # by uid
     tries: int = 1
     losses: int = 0
-    is_assembling: bool = False
+    assembly: Any = None  # reference of the one that is under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class _Task:
     shard: _OpenShard
     asset: Asset
     reference: Any
-    since_s: float
+    sent_s: float
 
 
 def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
@@ -337,12 +342,14 @@ class _Driver:
         self.given = tuple(ray.put(value) for value in (produce, spec, fingerprint, dict(wanted)))
         self.open: dict[str, _OpenShard] = {}  # by plan id, first come first
         self.making: dict[Any, _Task] = {}  # by status reference
-        self.assembling: dict[Any, _OpenShard] = {}
+        self.assembling: dict[Any, tuple[_OpenShard, float]] = {}  # by reference; when it was sent
         self.deaths: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
-        self.doubled: set[str] = set()
+        self.late: set[Any] = set()  # references of `making`
         self.kinds: Counter[str] = Counter(summary.failures)
         self.lasted: deque[float] = deque(maxlen=200)  # seconds from sent to done, of the last objects
+        self.stored: deque[float] = deque(maxlen=50)  # and of the last assemblies
+        self.lost_s = -math.inf  # when a node was last found to be gone
         self.recent_deaths: list[tuple[float, str]] = []
         self.nodes: set[str] = set()
         self.window, self.store_bytes, self.held_bytes, self.looked = 2, 0.0, 0, -NODES_EVERY_S
@@ -393,11 +400,12 @@ class _Driver:
             said = f"{len(now_living)} node(s), {slots} object(s) at once"
             logger.info("nodes: %d came, %d went: %s", len(now_living - self.nodes), len(gone), said)
             if gone:
+                self.lost_s = time.monotonic()
                 self._forgive()
                 for shard in self.open.values():
                     self._drop_lost(shard, now_living)
         self.nodes = now_living
-        self._double_stragglers()
+        self._find_late()
 
     def _forgive(self) -> None:
         """Take back deaths of the last seconds: of a node that dies the workers may go first."""
@@ -418,27 +426,35 @@ class _Driver:
         self.bar.update(-len(uids))
         shard.waiting += [asset for asset in reversed(shard.plan.assets) if asset.uid in uids]
 
-    def _double_stragglers(self) -> None:
-        """Make an object a second time that alone holds its shard for too long, where there is room."""
-        if len(self.lasted) < 3:
-            return
-        usual = sorted(self.lasted)[int(0.9 * len(self.lasted))]
-        patience = max(STRAGGLER_MIN_S, STRAGGLER_FACTOR * usual)
-        old = time.monotonic() - patience
-        for task in list(self.making.values()):
-            late = task.since_s < old and not task.shard.waiting and task.asset.uid not in self.doubled
-            if late and len(self.making) < self.window:
-                logger.info("object %s takes more than %.0f s: made a second time", task.asset.uid, patience)
-                self.doubled.add(task.asset.uid)
-                self._send(task.shard, task.asset, scheduling_strategy="SPREAD")
+    def _find_late(self) -> None:
+        """Send once more what is late."""
+        self.late = {ref for ref, task in self.making.items() if self._is_late(task.sent_s, self.lasted)}
+        on_time = {self.making[ref].asset.uid for ref in self.making.keys() - self.late}
+        copies = Counter(task.asset.uid for task in self.making.values())
+        for task in [self.making[ref] for ref in self.late]:
+            uid, shard = task.asset.uid, task.shard
+            wanted = self.open.get(shard.plan.plan_id) is shard and uid not in shard.results
+            if wanted and uid not in on_time and copies[uid] < MAX_COPIES:
+                logger.info("object %s is late (%.0f s): sent once more", uid, time.monotonic() - task.sent_s)
+                on_time.add(uid)
+                self._send(shard, task.asset, scheduling_strategy="SPREAD")
+        for shard, sent_s in self.assembling.values():
+            if shard.assembly is not None and self._is_late(sent_s, self.stored):
+                logger.info("shard %d: its assembly is late: sent once more", shard.plan.index)
+                shard.assembly = None
+
+    def _is_late(self, sent_s: float, lasted: Sequence[float]) -> bool:
+        usual = sorted(lasted)[int(0.9 * len(lasted))] if lasted else LATE_S
+        least = LATE_AFTER_LOSS_S if sent_s < self.lost_s else LATE_S
+        return time.monotonic() - sent_s > max(least, LATE_FACTOR * usual)
 
     def _submit(self) -> None:
         for place, shard in enumerate(self.open.values()):
-            while shard.waiting and len(self.making) < self.window:
+            while shard.waiting and len(self.making) - len(self.late) < self.window:
                 if place and self.held_bytes > self.store_bytes:
                     break
                 self._send(shard, shard.waiting.pop())
-            if not shard.is_assembling and len(shard.results) == len(shard.plan.assets):
+            if shard.assembly is None and len(shard.results) == len(shard.plan.assets):
                 self._assemble(shard)
 
     def _send(self, shard: _OpenShard, asset: Asset, **more: Any) -> None:
@@ -451,16 +467,17 @@ class _Driver:
         self.making[status] = _Task(shard, asset, result, time.monotonic())
 
     def _assemble(self, shard: _OpenShard) -> None:
-        if len(self.assembling) >= max(1, len(self.nodes)):
+        if sum(other.assembly is not None for other in self.open.values()) >= max(1, len(self.nodes)):
             return
-        shard.is_assembling = True
         uids = [asset.uid for asset in shard.plan.assets]
         references = [shard.results[uid].reference for uid in uids]
         task = _assemble.options(num_cpus=0, name=f"assemble shard {shard.plan.index}")
-        self.assembling[task.remote(self.store, shard.plan, uids, *references)] = shard
+        shard.assembly = task.remote(self.store, shard.plan, uids, *references)
+        self.assembling[shard.assembly] = (shard, time.monotonic())
 
     def _made(self, reference: Any) -> None:
         task = self.making.pop(reference)
+        self.late.discard(reference)
         shard, uid = task.shard, task.asset.uid
         try:
             status = ray.get(reference)
@@ -470,7 +487,7 @@ class _Driver:
         if uid in shard.results or self.open.get(shard.plan.plan_id) is not shard:
             return  # the other one of two was first
         shard.results[uid] = _Result(task.reference, status["node"], status["bytes"])
-        self.lasted.append(time.monotonic() - task.since_s)
+        self.lasted.append(time.monotonic() - task.sent_s)
         self.held_bytes += status["bytes"]
         self._count(status["kind"], status["views"])
 
@@ -489,7 +506,7 @@ class _Driver:
         counts = self.losses if with_node else self.deaths
         counts[asset.uid] += 1
         if asset.uid in shard.results or any(other.asset is asset for other in self.making.values()):
-            return  # made twice, and the other one is there or on its way
+            return  # sent twice, and the other one is there or on its way
         if not with_node:
             self.recent_deaths.append((time.monotonic(), asset.uid))
         if counts[asset.uid] < (MAX_NODE_LOSSES if with_node else self.spec.limits.max_attempts):
@@ -514,13 +531,19 @@ class _Driver:
         self._count(kind.value, 0)
 
     def _assembled(self, reference: Any) -> None:
-        shard = self.assembling.pop(reference)
-        shard.is_assembling = False
+        shard, sent_s = self.assembling.pop(reference)
+        is_current = bool(shard.assembly == reference)
+        if is_current:
+            shard.assembly = None
+        if self.open.get(shard.plan.plan_id) is not shard:
+            return  # the other one of two was first
         try:
             done = ray.get(reference)
         except RayError as error:
-            self._not_assembled(shard, error)
+            if is_current:
+                self._not_assembled(shard, error)
             return
+        self.stored.append(time.monotonic() - sent_s)
         self.summary.shards_committed += 1
         self.summary.count(done)
         self.held_bytes -= sum(result.num_bytes for result in shard.results.values())
