@@ -127,13 +127,13 @@ class Host:
         _ip("-n", self.network.switch, "link", "set", self._port, "up")
 
     def processes(self, words: str) -> list[int]:
-        """Return the processes of this host, by the machine's numbers, whose command holds these words."""
+        """Return the processes of this host, by the machine's numbers, whose command begins with these words."""
         space, found = (Path(f"/proc/{self.pid}/ns/pid").readlink(), [])
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-                    if words in command and (entry / "ns/pid").readlink() == space:
+                    if command.startswith(words) and (entry / "ns/pid").readlink() == space:
                         found.append(int(entry.name))
         return found
 

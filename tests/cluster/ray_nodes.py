@@ -54,9 +54,11 @@ class RayCluster:
             log=f"{host.name}.log",
         )  # fmt: skip
 
-    def start_driver(self, *words: str, log: str, job: bool = False) -> subprocess.Popen[bytes]:
+    def start_driver(
+        self, *words: str, log: str, job: bool = False, module: str = "tests.cluster.entry"
+    ) -> subprocess.Popen[bytes]:
         """Start a driver on the head: by itself, or submitted as a job with the project as its working directory."""
-        command = [sys.executable, "-m", "tests.cluster.entry", *words]
+        command = [sys.executable, "-m", module, *words]
         if job:
             submit = [*RAY, "job", "submit", f"--address=http://{self.head.address}:8265", "--working-dir=."]
             command = [*submit, "--", *command]
@@ -66,6 +68,11 @@ class RayCluster:
         """Return what a command wrote so far."""
         path = self.network.folder / name
         return path.read_text("utf-8", "replace") if path.exists() else ""
+
+    def head_log(self, name: str, words: str) -> str:
+        """Return the lines of a log of Ray's head that hold these words."""
+        (path,) = self.network.folder.glob(f"head/ray/session_2*/logs/{name}")
+        return "\n".join(line for line in path.read_text("utf-8", "replace").splitlines() if words in line)
 
     def ask(self, verb: str, url: str) -> Any:
         """Ask the observer on the head; see tests/cluster/observer.py."""

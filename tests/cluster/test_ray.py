@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from pipeline.spec import load_spec
-from tests.cluster.hosts import require_namespaces, wait_all, wait_for
+from tests.cluster.hosts import ROOT, Host, require_namespaces, wait_all, wait_for
 from tests.cluster.observer import undisturbed
 from tests.cluster.ray_nodes import RayCluster, ray_cluster
 
 pytestmark = pytest.mark.cluster
 OBJECTS, PER_SHARD = 96, 4
+RAYLET = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,11 @@ def test_nodes_die_are_cut_off_come_back_and_join_and_the_driver_is_killed(clust
     third = cluster.wait_for_receipts(url, second + 3, driver, "job.log")
     wait_all([joined])
     hosts["w2"].mend()
-    wait_for(lambda: not hosts["w2"].processes("raylet/raylet"), 60, "the raylet of the node that was cut off ends")
+    wait_for(lambda: not hosts["w2"].processes(RAYLET), 60, "the raylet of the node that was cut off ends")
     back = cluster.start_ray(hosts["w2"])  # what a supervisor of the node does: KubeRay, srun, systemd
     cluster.wait_for_receipts(url, third + 2, driver, "job.log")
     wait_all([back])
-    (pid,) = cluster.head.processes("python -m tests.cluster.entry")[:1]
+    (pid,) = cluster.head.processes(f"{sys.executable} -m tests.cluster.entry")
     os.kill(pid, signal.SIGKILL)
     assert driver.wait(120) != 0
     before = cluster.ask("count", url)
@@ -91,3 +94,88 @@ def test_nodes_die_are_cut_off_come_back_and_join_and_the_driver_is_killed(clust
     assert found["digest"] == undisturbed(str(tmp_path / "undisturbed"), load_spec(spec))
     workers = {row["provenance"] and json.loads(row["provenance"]).get("worker") for row in found["rows"]}
     assert {"w2", "w3", "w4"} <= workers, "old, returned and new nodes made something"
+
+
+def other_node(cluster: RayCluster, name: str, module: str, package: str = "") -> Host:
+    """A host whose Python differs: a sitecustomize of its own, and a package's version in front of the real one."""
+    folder = cluster.network.folder / f"{name}-python"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(module)
+    if package:
+        info = folder / f"{package.replace('==', '-')}.dist-info"
+        info.mkdir()
+        words = dict(zip(("Name", "Version"), package.split("==")))
+        (info / "METADATA").write_text("".join(f"{key}: {value}\n" for key, value in words.items()))
+    host = cluster.network.host(name, PYTHONPATH=f"{folder}:{ROOT}")
+    assert cluster.start_ray(host).wait(120) == 0, cluster.log(f"{name}.log")
+    return host
+
+
+def refused(cluster: RayCluster, spec: Path, log: str) -> str:
+    """Run a driver that must end with status 2; returns its one line."""
+    driver = cluster.start_driver("render", "--spec", str(spec), "--corpus", cluster.url(log), log=log)
+    assert driver.wait(180) == 2, cluster.log(log)[-3000:]
+    (line,) = [line for line in cluster.log(log).splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_node_with_another_blender_or_a_clock_that_is_off_is_named_at_start(cluster: RayCluster) -> None:
+    spec = write_spec(cluster.network.folder, "checked", 8)
+    blender = other_node(cluster, "stale", "", "bpy==4.5.99")
+    line = refused(cluster, spec, "stale-run")
+    assert line.startswith(f"error: node stale ({blender.address}) does not agree with the driver: it has bpy 4.5.99 ")
+    assert "constraints file" in line
+    blender.kill()
+    wait_for(lambda: "has been marked dead" in cluster.head_log("gcs_server.out", blender.address), 60, "its death")
+    clock = other_node(cluster, "late", "import time\nreal = time.time\ntime.time = lambda: real() + 3600\n")
+    line = refused(cluster, spec, "late-run")
+    assert line.startswith(f"error: node late ({clock.address}): its clock is 36")
+    assert "ahead of the driver's, 30 s are allowed" in line
+    clock.kill()
+    assert cluster.ask("count", cluster.url("stale-run")) == 0, "not even a plan was frozen"
+
+
+def test_a_stale_node_that_joins_later_ends_the_run_by_name(cluster: RayCluster) -> None:
+    spec = write_spec(cluster.network.folder, "joined", OBJECTS)
+    driver = cluster.start_driver("render", "--spec", str(spec), "--corpus", cluster.url("joined"), log="joined.log")
+    cluster.wait_for_receipts(cluster.url("joined"), 1, driver, "joined.log")
+    stale = other_node(cluster, "joiner", "", "bpy==4.5.98")
+    assert driver.wait(180) == 2, cluster.log("joined.log")[-3000:]
+    (line,) = [line for line in cluster.log("joined.log").splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: node joiner does not agree with the driver: it has bpy 4.5.98 instead of ")
+    stale.kill()
+
+
+def test_gpu_tasks_share_the_gpu_of_their_node_and_cpu_tasks_run_beside_them(cluster: RayCluster) -> None:
+    node = cluster.network.host("g1", MADE_S="1")
+    assert cluster.start_ray(node, "--num-gpus=1", cpus=3).wait(120) == 0, cluster.log("g1.log")
+    folder = cluster.network.folder
+    gpu = write_spec(folder, "on-gpu", 16, 'device = "cuda"\nnum_gpus = 0.5\nnum_cpus = 1\n')
+    cpu = write_spec(folder, "on-cpu", 16)
+    runs = {}
+    for spec in (gpu, cpu):
+        words = ("render", "--spec", str(spec), "--corpus", cluster.url(spec.stem))
+        runs[spec.stem] = cluster.start_driver(*words, log=f"{spec.stem}.log")
+    for name, run in runs.items():
+        assert run.wait(240) == 0, cluster.log(f"{name}.log")[-3000:]
+    rows = [json.loads(row["provenance"]) for row in cluster.ask("finish", cluster.url("on-gpu"))["rows"]]
+    made = [row for row in rows if "begun" in row]
+    assert {row["worker"] for row in made} == {"g1"}
+    assert {row["gpu"] for row in made} == {"0"}
+    at_once = [sum(other["begun"] <= row["begun"] < other["ended"] for other in made) for row in made]
+    assert max(at_once) == 2, "two halves of a GPU, though three CPUs are there"
+    beside = [json.loads(row["provenance"]) for row in cluster.ask("finish", cluster.url("on-cpu"))["rows"]]
+    assert {row["worker"] for row in beside if "begun" in row} - {"g1"}, "nodes without a GPU were used"
+
+
+@pytest.mark.blender
+def test_a_submitted_job_renders_with_blender(cluster: RayCluster) -> None:
+    spec = cluster.network.folder / "blender.toml"
+    spec.write_text(
+        'name = "blender"\n[source]\nkind = "procedural"\nnum_objects = 2\n[render]\nnum_views = 2\n'
+        "resolution_px = 16\nsamples = 1\ndenoise = false\n[workers]\nmemory_bytes = 500000000\n"
+    )
+    words = ("render", "--spec", str(spec), "--corpus", cluster.url("blender"))
+    job = cluster.start_driver(*words, log="blender.log", job=True, module="jobs.cli")
+    assert job.wait(240) == 0, cluster.log("blender.log")[-3000:]
+    assert "2 planned = 2 samples + 0 failures" in cluster.log("blender.log")
