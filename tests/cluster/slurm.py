@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import wait_for
-from tests.s3 import free_ports
+from tests.s3 import die_with_parent, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 _CONF = """
@@ -29,7 +29,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmdPort={daemon}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
@@ -123,7 +123,12 @@ def slurm(folder: Path, cpus: int = 4) -> Iterator[Slurm]:
 
     def start(*words: str) -> None:
         with (folder / f"{words[0]}.out").open("ab") as out:
-            daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=made.environment))
+            daemons.append(
+                subprocess.Popen(
+                    words, stdout=out, stderr=out, env=made.environment,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 - prctl alone
+                )
+            )  # fmt: skip
 
     try:
         start(*munged)
