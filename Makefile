@@ -36,8 +36,8 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train publish diff verify tombstone compact gc status why report train weights evaluate infer test \
-	test-crash lint \
+	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train weights evaluate infer test \
+	test-crash test-cluster lint \
 	format s3-up clean
 
 help: ## list every target with its variables
@@ -97,6 +97,9 @@ $(PEERS)/.ready: $(VENV)/.ready tests/bench/requirements-loader.txt
 bench-loader: $(PEERS)/.ready ## our loader against webdataset, litdata, MosaicML Streaming: folder, S3, slow S3 [ARGS="--rounds 1"]
 	@$(PEERS)/bin/python -m tests.bench.loader $(ARGS)
 
+bench-jobs: $(VENV)/.ready ## what the system itself costs an object, its driver's memory, and a simulated farm [ARGS="--nodes 200"]
+	@$(BIN)/python -m tests.bench.jobs $(ARGS)
+
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 PUBLIC=1 JSON=1; SPEC= SET= for one spec of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(PUBLIC),--public) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
@@ -140,10 +143,17 @@ bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers o
 	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(if $(filter tests,$(TESTS)),tests --ignore=tests/cluster,$(TESTS))
 
 test-crash: $(VENV)/.ready ## kill and fail at random for TIME_S seconds, hold the corpora to an oracle [TIME_S=600 SEED=1]
 	@$(BIN)/python -m tests.crash.storm --time-s '$(TIME_S)' $(if $(SEED),--seed '$(SEED)')
+
+$(VENV)/.cluster: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[render,train,dev,cluster]'
+	@touch $@
+
+test-cluster: $(VENV)/.cluster ## Ray on several hosts (network namespaces), Slurm, both real: root, iproute2, slurm-wlm, munge [TESTS=tests/cluster]
+	$(BIN)/python -m pytest $(if $(filter command,$(firstword $(origin TESTS))),$(TESTS),tests/cluster)
 
 lint: $(VENV)/.ready ## ruff, mypy, and the layer contracts
 	$(BIN)/ruff check .

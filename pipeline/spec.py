@@ -24,6 +24,9 @@ from pipeline.types import PlaneName, UserError
 MIN_GPU_SHARE = 0.01
 """Least share of a GPU that a task may ask for: a hundred Blenders hold more memory than any GPU has."""
 
+TASK_MEMORY_BYTES = 2 * 2**30
+"""Memory that a render task reserves unless the spec says otherwise."""
+
 Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 M = TypeVar("M", bound=BaseModel)
 
@@ -326,6 +329,20 @@ class WorkerSpec(BaseModel):
         None, ge=0, description="what a reserved CPU costs an hour, in any currency; `make status` tells the cost"
     )
     price_per_gpu_hour: float | None = Field(None, ge=0, description="what a whole GPU costs an hour")
+    memory_bytes: int | None = Field(
+        None,
+        ge=2**26,
+        description="memory of its node that a render task reserves, so that no node is packed with more tasks than it "
+        "holds; default 2 GiB, or limits.memory_bytes if that is less. Set it to limits.memory_bytes where objects are "
+        "large: then no mix of them can exhaust a node",
+    )
+    node_wait_s: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="how long a run waits at its start for a node on which a task fits; for clusters that grow by "
+        "demand, whose autoscaler is asked for one",
+    )
 
     @model_validator(mode="after")
     def _gpu_where_asked(self) -> WorkerSpec:
@@ -356,6 +373,13 @@ class DatasetSpec(BaseModel):
     def is_captured(self) -> bool:
         """Whether the source's assets are photographed, and `[capture]` is the pixel part."""
         return self.source.kind in CAPTURE_SOURCES
+
+    @property
+    def task_memory_bytes(self) -> int:
+        """The memory that a render task reserves of its node."""
+        if self.workers.memory_bytes is not None:
+            return self.workers.memory_bytes
+        return min(TASK_MEMORY_BYTES, self.limits.memory_bytes)
 
     def fingerprint(self, producer: str) -> str:
         """Return the digest of everything that decides pixels.
