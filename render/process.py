@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.types import UserError
+from render.reach import border_of
 
 ALLOWED_ENVIRONMENT = (
     "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES",
@@ -102,10 +103,10 @@ class ScratchFolder:
                     os.close(fd)
 
     def fresh(self, name: str) -> Path:
-        """Return an empty folder of this name inside."""
+        """Return an empty folder of this name inside; the folders above it stay, if they are there."""
         path = self.path / name
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(mode=0o700)
+        path.mkdir(mode=0o700, parents=True)
         return path
 
     def close(self) -> None:
@@ -186,11 +187,19 @@ class ChildProcess:
         home: Path,
         num_threads: int,
         memory_bytes: int,
+        cpu_s: int,
         starter: ThreadPoolExecutor,
+        sandbox: str,
+        write: Sequence[Path],
+        read: Sequence[Path],
+        run: Sequence[Path] = (),
         device: str = "cpu",
         variables: Mapping[str, str] | None = None,
     ) -> None:
         environment = scrubbed_environment(home, num_threads, device=device) | dict(variables or {})
+        border = border_of(
+            sandbox, write=write, read=read, run=run, device=device, environment=environment, cpu_s=cpu_s
+        )
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
         arguments = {
@@ -199,6 +208,7 @@ class ChildProcess:
             "--memory-bytes": memory_bytes,
             "--threads": num_threads,
             "--device": device,
+            "--border": border.to_json(),
         }
         try:
             self._process = starter.submit(
@@ -279,7 +289,12 @@ class ChildProcess:
 
 def default_command() -> list[str]:
     """Return the command of the real child: -P keeps the working folder, which holds assets' files, off sys.path."""
-    return [sys.executable, "-P", "-s", "-m", "render.child"]
+    return child_command("render.child")
+
+
+def child_command(module: str) -> list[str]:
+    """Return the command that runs a module of ours behind the border; -s keeps the home's packages out as well."""
+    return [sys.executable, "-P", "-s", "-m", "render.border", module]
 
 
 def family(pid: int) -> set[int]:

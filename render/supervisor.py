@@ -19,11 +19,14 @@ from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self
 
 from pipeline.spec import DatasetSpec
-from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind
+from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind, UserError
 from render import wire
 from render.process import ChildProcess, ScratchFolder
 
 POLL_S = 0.2
+MAX_BORDER_CHARS = 1000
+# The child writes below `child`, and reads what is staged for it: Landlock's rules hang on these folders, which stay.
+HOME, WORK, STAGED, STAGED_ASSET = "child/home", "child/asset", "staged", "staged/asset"
 _RECYCLE_MEMORY_SHARE = 0.5
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 
@@ -68,6 +71,7 @@ class Supervisor:
         self._max_payload_bytes = max_payload_bytes
         self._scratch = ScratchFolder(scratch_dir)
         self._child: ChildProcess | None = None
+        self.sandbox = ""
         self._starter = ThreadPoolExecutor(1, "child-start")
 
     def __enter__(self) -> Self:
@@ -84,16 +88,30 @@ class Supervisor:
         self._starter.shutdown()
         self._scratch.close()
 
-    def _launch(self, allowed_s: float, **options: Any) -> tuple[ChildProcess, dict[str, Any]]:
+    def _launch(
+        self, allowed_s: float, *, read: Sequence[Path] = (), **options: Any
+    ) -> tuple[ChildProcess, dict[str, Any]]:
         """Start a child and return it with its first word; `options` are those of `ChildProcess`."""
+        limits, workers = self._limits, self._spec.workers
+        home, staged = self._scratch.fresh(HOME), self._scratch.fresh(STAGED)
         self._child = child = ChildProcess(
             self._command,
-            home=self._scratch.fresh("home"),
-            memory_bytes=self._limits.memory_bytes,
+            home=home,
+            memory_bytes=limits.memory_bytes,
+            # The deadline ends an asset; this ends a child whose supervisor does not.
+            cpu_s=math.ceil(limits.deadline_s * limits.objects_per_child * (self._num_threads + 1)),
             starter=self._starter,
+            sandbox=workers.sandbox,
+            write=[home.parent],
+            read=[staged, *map(Path, workers.readable), *read],
             **options,
         )
-        return child, self._receive(child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")[0]
+        header = self._receive(child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")[0]
+        if header["type"] == "no_border":
+            self._stop_child()
+            raise UserError(str(header.get("message", ""))[:MAX_BORDER_CHARS])
+        self.sandbox = str(header.get("sandbox", ""))[:100]
+        return child, header
 
     @contextmanager
     def _one_asset(self, child: ChildProcess) -> Iterator[None]:

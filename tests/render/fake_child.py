@@ -23,6 +23,7 @@ parser = argparse.ArgumentParser()
 for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--device")
+parser.add_argument("--border")
 args = parser.parse_args()
 die_with(args.parent_pid)
 
