@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     confine.die_with(args.parent_pid)
     border = confine.Border.from_json(args.border)
     confine.limit(args.memory_bytes, border.cpu_s)
+    # Afterwards the folder that holds these packages cannot be listed any more, which finding them takes.
+    for package in ("pipeline", args.module.rpartition(".")[0]):
+        importlib.import_module(package)
     entered = confine.enter_namespaces()
     if "pid" in entered:
         _fork_and_wait()

@@ -39,7 +39,7 @@ _CAPSET, _CAPABILITY_VERSION_3, _MAX_CAPABILITY = 126, 0x20080522, 63
 _USER, _NET, _IPC, _PID = 0x10000000, 0x40000000, 0x08000000, 0x20000000
 _MAX_FILE_BYTES = 2 * 2**30
 _MAX_OPEN_FILES = 4096
-_MIN_PROCESSES, _PROCESSES_PER_CPU = 1024, 32  # threads count; Blender makes a few pools of one a processor
+MIN_PROCESSES, PROCESSES_PER_CPU = 1024, 32  # threads count; Blender makes a few pools of one a processor
 
 # Above the supervisor's cap on resident memory, so that the cap, which is typed, acts first; of data and not of address
 # space, since Blender reserves far more addresses than it touches.
@@ -135,7 +135,7 @@ def enter_namespaces() -> list[str]:
     if "user" in names:
         _keep_identity(user, group)
         # Counted within the namespace, so that it does not add up with the user's other work.
-        _set_limit(resource.RLIMIT_NPROC, max(_MIN_PROCESSES, _PROCESSES_PER_CPU * (os.cpu_count() or 1)))
+        _set_limit(resource.RLIMIT_NPROC, max(MIN_PROCESSES, PROCESSES_PER_CPU * (os.cpu_count() or 1)))
     return names
 
 
