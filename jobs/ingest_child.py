@@ -169,4 +169,3 @@ def _exactly(fd: int, num_bytes: int) -> bytes:
             raise EOFError
         start += num_read
     return bytes(data)
-

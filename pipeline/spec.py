@@ -318,6 +318,12 @@ class WorkerSpec(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _readable_absolute(self) -> WorkerSpec:
+        if relative := [path for path in self.readable if not Path(path).is_absolute()]:
+            raise ValueError(f"readable {relative[0]!r} must be an absolute path")
+        return self
+
 
 class DatasetSpec(BaseModel):
     """One dataset: where assets come from, how they are rendered, admitted, and dealt into shards."""

@@ -1,6 +1,6 @@
 """The Blender child: one process that renders many assets, told by lines of JSON, answering through a pipe of its own.
 
-    python -P -s -m render.border render.child --result-fd N --parent-pid N --memory-bytes N --threads N --device NAME ...
+    python -P -s -m render.border render.child --result-fd N --parent-pid N --memory-bytes N --threads N ...
 
 It is started by `render.process` and trusts its orders, but not the files that it opens; the supervisor trusts nothing
 that comes back. Before this module is imported `render.border` has confined the process.
@@ -147,4 +147,3 @@ def _denoiser(num_threads: int) -> Denoiser:
     from render.denoise import Denoiser
 
     return Denoiser(num_threads)
-

@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPSET, _CAPABILITY_VERSION_3, _MAX_CAPABILITY = 126, 0x20080522, 63
-_USER, _NET, _IPC, _PID = 0x10000000, 0x40000000, 0x08000000, 0x20000000
+_NAMESPACES = {"user": 0x10000000, "net": 0x40000000, "ipc": 0x08000000, "pid": 0x20000000}
 _MAX_FILE_BYTES = 2 * 2**30
 _MAX_OPEN_FILES = 4096
 MIN_PROCESSES, PROCESSES_PER_CPU = 1024, 32  # threads count; Blender makes a few pools of one a processor
@@ -85,8 +85,9 @@ class Border:
     @classmethod
     def from_json(cls, text: str) -> Border:
         """Return what `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = json.loads(text)
+        lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
 
 
 def die_with(parent_pid: int) -> None:
@@ -122,21 +123,13 @@ def enter_namespaces() -> list[str]:
     The process namespace is entered by what is forked next.
     """
     user, group = os.getuid(), os.getgid()
-    for names, flags in (
-        (["user", "net", "ipc", "pid"], _USER | _NET | _IPC | _PID),
-        (["user", "net"], _USER | _NET),
-        (["net", "ipc", "pid"], _NET | _IPC | _PID),  # as root, where user namespaces are off
-        (["net"], _NET),
-    ):
-        if _libc().unshare(flags) == 0:
-            break
-    else:
-        return []
-    if "user" in names:
+    sets = (("user", "net", "ipc", "pid"), ("user", "net"), ("net", "ipc", "pid"), ("net",))  # the last two as root
+    entered = next((names for names in sets if _libc().unshare(sum(_NAMESPACES[name] for name in names)) == 0), ())
+    if "user" in entered:
         _keep_identity(user, group)
         # Counted within the namespace, so that it does not add up with the user's other work.
         _set_limit(resource.RLIMIT_NPROC, max(MIN_PROCESSES, PROCESSES_PER_CPU * (os.cpu_count() or 1)))
-    return names
+    return list(entered)
 
 
 def _keep_identity(user: int, group: int) -> None:

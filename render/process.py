@@ -15,12 +15,13 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -254,6 +255,21 @@ class ChildProcess:
         """Return the resident bytes of the child and its descendants; cheap enough to poll."""
         return sum(_resident_bytes(pid) for pid in _descendants_by_kernel(self.pid))
 
+    def disk_bytes(self, folder: Path) -> int:
+        """Return the bytes on disk, or in files in memory, that a folder and the child's unnamed open files take."""
+        found: dict[tuple[int, int], int] = {}
+        for path in _files_below(folder / "child"):
+            with contextlib.suppress(OSError):
+                _count(path.lstat(), found)
+        for pid in _descendants_by_kernel(self.pid):
+            with contextlib.suppress(OSError):
+                for fd in Path(f"/proc/{pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        one = fd.stat()
+                        if one.st_nlink == 0:  # the folder shows no sign of it, and the disk is full of it
+                            _count(one, found)
+        return sum(found.values())
+
     def exit_reason(self) -> str:
         """Return how the child ended, once its result pipe has: "exit status 3", "signal SIGSEGV"."""
         until = time.monotonic() + 5
@@ -326,6 +342,16 @@ def _descendants_by_kernel(pid: int) -> list[int]:
             for task in Path(f"/proc/{one}/task").iterdir():
                 waiting.extend(int(child) for child in (task / "children").read_text().split())
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
+
+
+def _count(one: os.stat_result, found: dict[tuple[int, int], int]) -> None:
+    if stat.S_ISREG(one.st_mode):
+        found[one.st_dev, one.st_ino] = one.st_blocks * 512
 
 
 def _resident_bytes(pid: int) -> int:

@@ -2,8 +2,8 @@
 
 A child lives for many assets and Landlock allows nothing later, so it cannot be let into one asset's folder after the
 other. Instead each asset comes to it: the main file, and what that names below its own folder, keep their places. What
-lies above the folder, or at an absolute path, does not come, whatever an importer may try. Copies and not links, since a
-link would hand over the original to whoever can change modes; 10 MB take 4 ms, beside seconds of rendering.
+lies above the folder, or at an absolute path, does not come, whatever an importer may try. Copies and not links, since
+a link would hand over the original to whoever can change modes.
 
 Which files are named is read off precisely where the format is known (glTF's URIs, OBJ's libraries and their maps), and
 by endings elsewhere: every text in the file that ends like an image, a layer or a cache is a name, and so is every tail
@@ -146,8 +146,8 @@ def _bounded(path: Path, data: bytes) -> bytes:
 def _usd_tokens(data: bytes) -> bytes:
     """Return the words of a binary USD file, paths of assets among them, one after the other.
 
-        "PXR-USDC" | version, 8 bytes | offset of the table | ... | number of sections | name, start, size ...
-        TOKENS:  number | bytes | compressed bytes | 0 | one block of LZ4        (more than 2 GB: blocks; not read)
+    "PXR-USDC" | version, 8 bytes | offset of the table | ... | number of sections | name, start, size ...
+    TOKENS:  number | bytes | compressed bytes | 0 | one block of LZ4        (more than 2 GB: blocks; not read)
     """
     try:
         (table,) = struct.unpack_from("<q", data, 16)

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 class Probe:
     """A probe behind a border that is told by hand, so that an interpreter without our dependencies can run it."""
 
-    def __init__(self, sandbox: str, folder: Path, *, run: tuple[Path, ...] = (), wrapper: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, sandbox: str, folder: Path, *, run: tuple[Path, ...] = (), wrapper: tuple[str, ...] = ()
+    ) -> None:
         self.home = folder / "child" / "home"
         self.home.mkdir(parents=True, exist_ok=True)
         (folder / "staged").mkdir(exist_ok=True)
@@ -41,7 +43,12 @@ class Probe:
             "--border": border.to_json(),
         }  # fmt: skip
         python = [sys.executable, "-P", "-s", "-m"]
-        command = [*python, "render.border", "tests.attacks.probe", *(str(x) for pair in arguments.items() for x in pair)]
+        command = [
+            *python,
+            "render.border",
+            "tests.attacks.probe",
+            *(str(x) for pair in arguments.items() for x in pair),
+        ]
         if sandbox == "none":
             command = [*python, "tests.attacks.probe", "--result-fd", str(result_write)]
         self.process = subprocess.Popen(

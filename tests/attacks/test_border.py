@@ -269,9 +269,12 @@ def test_a_system_that_lacks_a_layer_gives_one_line_and_basic_goes_without(tmp_p
 def test_the_worker_says_so_before_anything_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [*WRAPPER, *child_command("render.child")]
-    with RenderWorker(make_spec(), fingerprint="f", scratch_dir=tmp_path, child_command=command) as worker:
-        with pytest.raises(UserError, match=r"user namespaces .* set workers\.sandbox = 'basic'"):
-            worker.start()
+    line = r"user namespaces .* set workers\.sandbox = 'basic'"
+    with (
+        RenderWorker(make_spec(), fingerprint="f", scratch_dir=tmp_path, child_command=command) as worker,
+        pytest.raises(UserError, match=line),
+    ):
+        worker.start()
     assert list(tmp_path.iterdir()) == []
 
 
