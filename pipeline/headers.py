@@ -6,6 +6,7 @@ unpacked, no XML is parsed (so no entity can expand), no number from the file is
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 import zipfile
@@ -136,8 +137,11 @@ def obj_side_files(path: Path) -> Iterator[Path]:
 
     Names that lead outside the folder are left out: `check_obj` refuses them.
     """
-    names = dict.fromkeys(match[1].strip() for block in _blocks(path) for match in _OBJ_LIBRARY.finditer(block))
-    for library in _material_libraries(path, list(names)):
+    libraries = dict.fromkeys(_material_libraries(path, []))
+    for name in {match[1].strip() for block in _blocks(path) for match in _OBJ_LIBRARY.finditer(block)}:
+        with contextlib.suppress(AssetError):
+            libraries |= dict.fromkeys(_material_libraries(path, [name]))
+    for library in sorted(libraries):
         yield library
         if library.stat().st_size > _MAX_MTL_BYTES:
             continue
@@ -217,7 +221,7 @@ def _check_texture(folder: Path, name: str, *, needed: bool) -> None:
         return
     if path is None:
         raise AssetError(FailureKind.MISSING_TEXTURE, f"texture {show(name)} is not beside the asset")
-    head = _head(path)
+    head = _head(path, sniff.IMAGE_HEAD_BYTES)
     found = sniff.image_format(head)
     sniff.check_image_size(head, f"texture {show(name)}")
     if found is None and path.suffix.lower() not in _UNSNIFFED_IMAGES:
