@@ -92,7 +92,7 @@ def _try(
             return replace(sample, provenance=dict(sample.provenance) | _where(begun) | {"attempts": attempt})
         if not failure.retryable:
             break
-    return replace(failure, provenance=_where(begun))
+    return replace(failure, provenance=_where(begun) | _behind())
 
 
 def needs_trial(spec: DatasetSpec, produce: Producer) -> bool:
@@ -178,6 +178,12 @@ def close_worker() -> None:
 
 def _where(begun: float) -> dict[str, object]:
     return {"worker": socket.gethostname(), "finished_at": _now(), "elapsed_s": round(time.monotonic() - begun, 3)}
+
+
+def _behind() -> dict[str, object]:
+    """Return what confined the child of this process, for rows of failures; nothing where none was started."""
+    used = [worker.sandbox for worker in _workers.values() if worker.sandbox]
+    return {"sandbox": used[0]} if used else {}
 
 
 def _now() -> str:

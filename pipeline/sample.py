@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import SCHEMA
+from pipeline.sniff import IMAGE_HEAD_BYTES, image_size
 from pipeline.spec import canonical_json
 from pipeline.types import Asset, Camera, Normalization, Plane, PlaneName, Sample
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_VIEWS = 999
+MAX_VIEW_PX = 4096  # as `render.resolution_px` and `capture.resolution_px` allow
 
 # Lossless WebP: "quality" and "method" are effort. On 512^2 renders these take 50 ms a view for 54 KB; 70 and 4, the
 # library's defaults, take 60 ms for the same bytes, 25 and 2 take 28 ms for 5 % more.
@@ -185,7 +187,7 @@ def decode_data(name: PlaneName, plane: Plane) -> NDArray[Any]:
     Raises:
         SampleError: if the bytes are not such a plane.
     """
-    image = cv2.imdecode(np.frombuffer(plane.data, np.uint8), cv2.IMREAD_UNCHANGED) if plane.data else None
+    image = _imdecode(plane.data)
     depth = name == "depth"
     if image is None or image.ndim != (2 if depth else 3) or image.dtype != (np.uint16 if depth else np.uint8):
         raise SampleError(f"{name} plane of {len(plane.data)} bytes does not decode to its kind of image")
@@ -202,10 +204,24 @@ def decode_rgba(data: bytes | memoryview) -> NDArray[np.uint8]:
     Raises:
         SampleError: if the bytes are not an 8-bit image with four channels.
     """
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    image = _imdecode(data)
     if image is None or image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
         raise SampleError(f"rgba plane of {len(data)} bytes does not decode to an 8-bit RGBA image")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA), np.uint8)
+
+
+def _imdecode(data: bytes | memoryview) -> NDArray[Any] | None:
+    """Decode an image as it is, None for what is none; a small file may not become gigabytes.
+
+    Raises:
+        SampleError: it says that it has more pixels than any view.
+    """
+    size = image_size(bytes(data[:IMAGE_HEAD_BYTES]))
+    if size is None:  # no PNG, JPEG or WebP, and so no plane
+        return None
+    if size[0] * size[1] > MAX_VIEW_PX**2:
+        raise SampleError(f"image of {size[0]} x {size[1]} px; a view has at most {MAX_VIEW_PX} x {MAX_VIEW_PX}")
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def sample_metadata(sample: Sample) -> dict[str, Any]:

@@ -270,6 +270,7 @@ class LimitSpec(BaseModel):
     silence_s: float = Field(300.0, gt=0, description="wall time the child may take without a word: an import, a view")
     memory_bytes: int = Field(8 * 2**30, ge=2**28, description="resident memory that the child may hold")
     objects_per_child: int = Field(50, ge=1, description="recycle the child after so many objects")
+    scratch_bytes: int = Field(4 * 2**30, ge=2**20, description="disk that the child may fill in its own folder")
     max_attempts: int = Field(2, ge=1, le=10, description="tries of a retryable failure, the first included")
 
 
@@ -299,6 +300,14 @@ class WorkerSpec(BaseModel):
     model_config = Strict
     num_cpus: float = Field(1.0, gt=0, description="CPUs a render task reserves, and threads its Blender uses")
     open_shards: int = Field(4, ge=1, description="shards in flight, lowest index first")
+    sandbox: Literal["strict", "basic"] = Field(
+        "strict",
+        description="border around the child that opens assets: strict needs every layer of render/confine.py, and a "
+        "system that lacks one is an error at start; basic takes those that are there. Rows say which were on",
+    )
+    readable: tuple[str, ...] = Field(
+        (), description="absolute paths that the child may read beside the asset, Blender and the system's libraries"
+    )
     device: Literal["cpu", "optix", "cuda", "hip"] = Field(
         "cpu", description="what Cycles renders on; a device that is asked for and absent is an error at start"
     )
@@ -351,6 +360,12 @@ class WorkerSpec(BaseModel):
                 f"device {self.device!r} with num_gpus {self.num_gpus:g}: a GPU device needs a share of a GPU, "
                 f"{MIN_GPU_SHARE:g} to 1; cpu needs 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _readable_absolute(self) -> WorkerSpec:
+        if relative := [path for path in self.readable if not Path(path).is_absolute()]:
+            raise ValueError(f"readable {relative[0]!r} must be an absolute path")
         return self
 
 
