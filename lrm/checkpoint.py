@@ -278,7 +278,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 )
             with safe_open(path / name, framework="pt") as file:
                 tensors.update(file.keys())
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        SafetensorError,
+    ) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"checkpoint {path} is not readable: {type(error).__name__}: {reason}") from None
     if not isinstance(run, dict) or not isinstance(run.get("step"), int):
