@@ -1,8 +1,8 @@
 """What a run is and will cost, before it costs anything: `train --dry-run`.
 
-Parameters are counted on torch's meta device, operations from the config (`lrm.flops`). Memory of activations is that of
-the tensors which autograd keeps in a forward pass of fake tensors, which have shapes and no numbers, for one object and
-for two: the difference is what an object costs. That takes seconds and no memory to speak of. Only the reference
+Parameters are counted on torch's meta device, operations from the config (`lrm.flops`). Memory of activations is that
+of the tensors which autograd keeps in a forward pass of fake tensors, which have shapes and no numbers, for one object
+and for two: the difference is what an object costs. That takes seconds and no memory to speak of. Only the reference
 renderer's is a formula: every sample keeps its inputs and the activations of each layer.
 
 Not in the estimate: the caching allocator's waste, buffers of communication, work space of kernels, and what lives only

@@ -57,7 +57,8 @@ class ImageEncoder(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on keep only the input of each layer for the backward pass."""
-        self.vit.gradient_checkpointing_enable({"use_reentrant": False})
+        newer = getattr(self.vit, "activation_checkpointing_enable", None)  # the other name goes with transformers 6
+        (newer or self.vit.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, image: Tensor) -> Tensor:
         """Return all tokens [B, 1 + (S / patch)^2, width], the class token first."""

@@ -3,13 +3,13 @@
     python -m lrm.train --corpus FOLDER_OR_URL --version latest --config tiny --out runs/a --set train.steps=100
     torchrun --nproc-per-node 8 -m lrm.train --config paper ...
 
-One step: a batch of the rank, triplanes, V patches an object, MSE and LPIPS, backward, clip, AdamW. Everything random
-is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on
-from its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop;
-a second one stops at once.
+Everything random is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and
+started again goes on from its newest checkpoint and logs the losses it would have logged. SIGTERM, SIGINT, or a file
+called `stop` in the run's folder finish the step, save, and stop; a second signal stops at once. Checkpoints are
+written while training goes on (`lrm.checkpoint`); a run that ends has its last one on the disk.
 
-A step whose gradient is not finite changes nothing, is counted, and past `max_skipped_steps` ends the run. The decision
-falls after the gradients are averaged, so all ranks take it alike. Ranks share `out_dir`; the first one writes.
+Past `max_skipped_steps` steps without a finite gradient the run ends. Ranks share `out_dir`; the first one writes
+metrics and pictures, all write checkpoints.
 
 On a machine with other work, OpenMP's spinning threads can make a CPU step 20 times slower with 2 threads than with 1
 (measured: 6 s against 0.25 s for `tiny`); OMP_WAIT_POLICY=PASSIVE in the environment cures it.
@@ -53,6 +53,7 @@ from lrm.preview import HeldOut
 from lrm.ranks import Ranks, joined_ranks
 from lrm.trainer import Trainer, TrainingError, build_model
 from pipeline.reader import DamagedDataError
+from pipeline.store import StoreError
 from pipeline.types import UserError
 from pipeline.version import parse_version
 
@@ -285,6 +286,27 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     )
 
 
+def dry_run_text(config: RunConfig, corpus: str, version: int | None, ranks: int = 1) -> tuple[str, dict[str, Any]]:
+    """Return what a run is and will cost, as lines and as JSON values; nothing is started. See `lrm.budget`.
+
+    A corpus that cannot be opened yet leaves out how many epochs the run has, and says so.
+    """
+    from lrm.budget import describe, estimate
+
+    epoch_objects, of = None, ""
+    try:
+        reader = open_reader(corpus, version, config.data)
+        with Loader(reader, config.data, image_px=config.model.encoder.image_px, batch_size=1) as loader:
+            epoch_objects = len(loader.order)
+        of = f"version     {reader.number} of {corpus}: {len(reader)} samples, {epoch_objects} an epoch"
+    except (UserError, StoreError, DamagedDataError) as error:
+        of = f"version     not counted: {error}"
+    precise = config.train.precision == "fp32" or config.train.device == "cpu"
+    fused = config.model.volume.renderer == "fused" or (config.model.volume.renderer == "auto" and not precise)
+    budget = estimate(config, ranks=ranks, epoch_objects=epoch_objects, fused=fused)
+    return f"{of}\n{describe(config, budget)}", budget.as_json()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 2 a mistake of the user, 3 stopped by signal."""
     parser = argparse.ArgumentParser(prog="python -m lrm.train", description="Train an LRM on a version of a corpus.")
@@ -292,12 +314,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", default="latest", help="version number, or latest")
     parser.add_argument("--config", default="tiny", help="preset name or TOML file")
     parser.add_argument("--out", required=True, help="folder for checkpoints and metrics; resumes from what is there")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run is and will cost; start nothing")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        config = load_config(arguments.config, arguments.set)
-        result = train(config, arguments.corpus, parse_version(arguments.version), arguments.out)
+        config, version = load_config(arguments.config, arguments.set), parse_version(arguments.version)
+        if arguments.dry_run:
+            print(dry_run_text(config, arguments.corpus, version, int(os.environ.get("WORLD_SIZE", "1")))[0])
+            return 0
+        result = train(config, arguments.corpus, version, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -144,7 +144,7 @@ def test_a_failing_write_ends_in_one_line_and_counts_for_nothing(
             broken.setattr(checkpoint.os, "fsync", fail)
         else:
             broken.setattr(checkpoint.Path, "replace", fail)
-        with pytest.raises(OSError, match="could not be written to .*: No space left on device") as caught:
+        with pytest.raises(OSError, match=r"could not be written to .*: No space left on device") as caught:
             save(tmp_path, 2)
     assert "\n" not in str(caught.value)
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000001"]
