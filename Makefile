@@ -36,9 +36,8 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train weights evaluate infer test \
-	test-crash test-cluster lint \
-	format s3-up clean
+	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train export weights \
+	evaluate infer test test-crash test-cluster lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,8 +126,11 @@ why: $(VENV)/.ready ## all that is known of one object, and its pictures [CORPUS
 report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=latest OUT=out]
 	@$(CLI) report --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/report'
 
-train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
-	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
+train: $(VENV)/.ready ## train an LRM on a version, here or on RAY_ADDRESS; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out WORKERS=8 DRY=1 JSON=1 SET="train.steps=500 ..."]
+	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(if $(WORKERS),--workers '$(WORKERS)') $(if $(DRY),--dry-run) $(flags_set) $(flags_json)
+
+export: $(VENV)/.ready ## weights of a run, averaged ones if it has some, as one safetensors file [CHECKPOINT=out/train OUT=out]
+	@$(CLI) export --checkpoint '$(or $(CHECKPOINT),$(OUT)/train)' --out '$(OUT)/model.safetensors'
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
 	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')

@@ -29,7 +29,7 @@ from typing import Any
 from pipeline.capture import CaptureFiles
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, FailureKind, Sample, UserError
-from render import wire
+from render import confine, wire
 
 MAX_REQUEST_BYTES = 2**31 - 1
 Ingest = Callable[[CaptureFiles, Asset, DatasetSpec, str], Sample]

@@ -6,7 +6,9 @@ Heavy packages (torch, transformers) are imported by the verb that runs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -21,21 +23,55 @@ def train(
     out: Annotated[Path, typer.Option(help="folder for checkpoints and metrics; an existing one is resumed")],
     version: VersionText = "latest",
     config: Annotated[str, typer.Option(help="tiny, small, paper, or a TOML file")] = "tiny",
+    workers: Annotated[int, typer.Option(help="processes on the cluster of RAY_ADDRESS; 0 takes one a GPU")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what the run is and will cost; start nothing")
+    ] = False,
     overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """Train an LRM on a version, streamed by ranged reads; resumes from the newest checkpoint in --out."""
+    """Train an LRM on a version, here or by Ray Train on RAY_ADDRESS; resumes from the newest checkpoint in --out."""
     from lrm.config import load_config
-    from lrm.train import TrainingError
+    from lrm.train import TrainingError, dry_run_text
     from lrm.train import train as run
     from pipeline.version import parse_version
 
+    settings, number, address = (
+        load_config(config, overrides or ()),
+        parse_version(version),
+        os.environ.get("RAY_ADDRESS"),
+    )
+    if dry_run:
+        text, told = dry_run_text(settings, corpus, number, max(1, workers))
+        typer.echo(text, err=True)
+        if as_json:
+            typer.echo(json.dumps(told))
+        return
     try:
-        result = run(load_config(config, overrides or ()), corpus, parse_version(version), out)
+        if address:
+            from jobs.train import joined, train_on_ray
+
+            with joined(address):
+                result = train_on_ray(settings, corpus, number, out, workers=workers)
+        else:
+            result = run(settings, corpus, number, out)
     except TrainingError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
     if result.stopped:
         raise KeyboardInterrupt
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="folder that training wrote, or one checkpoint in it")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write")],
+) -> None:
+    """Write a checkpoint's weights, averaged ones where it has some, as one safetensors file."""
+    from lrm.checkpoint import export_weights
+
+    typer.echo(f"wrote {out}, {export_weights(checkpoint, out)} bytes", err=True)
 
 
 def weights(
@@ -94,4 +130,4 @@ def infer(
         raise typer.Exit(1)
 
 
-VERBS: tuple[Callable[..., None], ...] = (train, weights, evaluate, infer)
+VERBS: tuple[Callable[..., None], ...] = (train, export, weights, evaluate, infer)
