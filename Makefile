@@ -34,7 +34,7 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train publish diff verify tombstone compact gc status report train weights test test-crash lint \
+	bench-loader bench-train publish diff verify tombstone compact gc status report train learn weights test test-crash lint \
 	format s3-up clean
 
 help: ## list every target with its variables
@@ -120,6 +120,9 @@ report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=
 
 train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
 	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
+
+learn: $(VENV)/.ready ## does it learn? tiny on 320 procedural objects, judged on unseen ones [OUT=out SET="train.steps=1000"]
+	@$(CLI) learn --out '$(OUT)/learn' $(flags_set) --json
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
 	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')

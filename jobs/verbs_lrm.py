@@ -6,13 +6,14 @@ Heavy packages (torch, transformers) are imported by the verb that runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.options import Corpus, Overrides, VersionText
+from jobs.options import Corpus, Json, Overrides, VersionText
 
 
 def train(
@@ -52,4 +53,19 @@ def weights(
     typer.echo(f"wrote {path}", err=True)
 
 
-VERBS: tuple[Callable[..., None], ...] = (train, weights)
+def learn(
+    out: Annotated[Path, typer.Option(help="folder for the corpus, the checkpoint and the pictures; resumed")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Does it learn? Render procedural objects, train `tiny` on them, judge it on unseen views and objects."""
+    from jobs.learn import as_text, run_learn
+
+    found = run_learn(out, overrides or ())
+    typer.echo(as_text(found), err=True)
+    typer.echo(f"wrote {out / 'unseen_objects.png'}, {out / 'unseen_views.png'}", err=True)
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+VERBS: tuple[Callable[..., None], ...] = (train, weights, learn)

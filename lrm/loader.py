@@ -216,8 +216,8 @@ class BatchLoader:
         index = reader.index
         self.order = SampleOrder.build(
             sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
-            num_views=np.minimum(index.num_views, options.max_views or MAX_VIEWS), views_per_sample=preparer.num_views, seed=options.seed, mix=options.mix,
-            block_shards=options.block_shards,
+            num_views=np.minimum(index.num_views, options.max_views or MAX_VIEWS), views_per_sample=preparer.num_views,
+            seed=options.seed, mix=options.mix, block_shards=options.block_shards,
         )  # fmt: skip
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._local = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
