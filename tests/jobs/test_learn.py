@@ -49,7 +49,7 @@ def test_a_run_ends_in_scores_and_pictures_and_goes_on_from_what_is_there(
     again = run_learn(tmp_path / "out", settings, **options)
     times = {"elapsed_s", "render_s", "train_s"}
     assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in first.items() if k not in times}
-    assert "to make 0 object(s)" in capsys.readouterr().err
+    assert "8 listed: nothing to make" in capsys.readouterr().err
 
 
 def test_the_spec_holds_out_enough_objects_and_leaves_views_unseen() -> None:
