@@ -36,7 +36,7 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train export weights \
+	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train learn export weights \
 	evaluate infer test test-crash test-cluster lint format s3-up clean
 
 help: ## list every target with its variables
@@ -131,6 +131,9 @@ train: $(VENV)/.ready ## train an LRM on a version, here or on RAY_ADDRESS; resu
 
 export: $(VENV)/.ready ## weights of a run, averaged ones if it has some, as one safetensors file [CHECKPOINT=out/train OUT=out]
 	@$(CLI) export --checkpoint '$(or $(CHECKPOINT),$(OUT)/train)' --out '$(OUT)/model.safetensors'
+
+learn: $(VENV)/.ready ## does it learn? tiny on 320 procedural objects, judged on unseen ones [OUT=out SET="train.steps=1000"]
+	@$(CLI) learn --out '$(OUT)/learn' $(flags_set) --json
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
 	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')

@@ -130,4 +130,19 @@ def infer(
         raise typer.Exit(1)
 
 
-VERBS: tuple[Callable[..., None], ...] = (train, export, weights, evaluate, infer)
+def learn(
+    out: Annotated[Path, typer.Option(help="folder for the corpus, the checkpoint and the pictures; resumed")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Does it learn? Render procedural objects, train `tiny` on them, judge it on unseen views and objects."""
+    from jobs.learn import as_text, run_learn
+
+    found = run_learn(out, overrides or ())
+    typer.echo(as_text(found), err=True)
+    typer.echo(f"wrote {out / 'unseen_objects.png'}, {out / 'unseen_views.png'}", err=True)
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+VERBS: tuple[Callable[..., None], ...] = (train, learn, export, weights, evaluate, infer)

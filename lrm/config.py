@@ -102,6 +102,9 @@ class DataConfig(BaseModel):
 
     model_config = Strict
     side_views: int = Field(ge=0, le=31, description="views beside the input view that are rendered; paper 3, so V = 4")
+    max_views: int = Field(
+        0, ge=0, le=999, description="views of an object that training draws from, its first; 0 is all; paper 32"
+    )
     min_render_px: int = Field(ge=8, description="least size a target view is resized to; paper 128")
     max_render_px: int = Field(ge=8, description="largest such size; paper 384")
     patch_px: int = Field(ge=8, description="side of the square cut from a resized target view; paper 128")
