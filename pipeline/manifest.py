@@ -44,7 +44,7 @@ from pipeline.plan import PlanSet
 from pipeline.quality import Refusal, judge
 from pipeline.receipt import ROWS, VOLATILE, Receipt, load
 from pipeline.spec import AdmissionSpec, DatasetSpec
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 from pipeline.types import FailureKind, UserError
 
 STABLE = pa.schema([field for field in ROWS if field.name not in VOLATILE] + [pa.field("heldout", pa.bool_())])
@@ -89,6 +89,14 @@ class Merged:
     table: pa.Table
     num_receipts: int
     fingerprints: tuple[str, ...]
+
+
+class ContradictionError(UserError):
+    """Two rows of one object cannot both be true."""
+
+    def __init__(self, row: Mapping[str, Any], how: str) -> None:
+        super().__init__(f"asset {row['uid']!r} of source {row['source']} {how}")
+        self.source, self.uid = str(row["source"]), str(row["uid"])
 
 
 def manifest_key(sha256: str) -> str:
@@ -150,7 +158,12 @@ def merge_plans(store: Store, plans: Sequence[PlanSet], spec: DatasetSpec, listi
         tables = [_opened(data) for data in read]
     if listing is not None:
         listing.restrict(tables)
-    table = settle(tables, spec)
+    try:
+        table = settle(tables, spec)
+    except ContradictionError as error:
+        mine = [pc.and_(pc.equal(p.table["uid"], error.uid), pc.equal(p.table["source"], error.source)) for p in plans]
+        names = [p.id for p, mask in zip(plans, mine) if p.kind != "compact" and pc.any(mask).as_py()]
+        raise UserError(f"{error}; it stands in the plans {', '.join(names)}") from None
     prints = tuple(sorted(pc.unique(table["fingerprint"]).to_pylist()))
     return Merged(table=table, num_receipts=len(work), fingerprints=prints)
 
@@ -328,13 +341,13 @@ def _first_of(rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the row that counts of one object's, samples and young rows first.
 
     Raises:
-        UserError: if they contradict each other.
+        ContradictionError: if they contradict each other.
     """
-    what = f"asset {rows[0]['uid']!r} of source {rows[0]['source']}"
     if len({row["fingerprint"] for row in rows}) > 1:
-        raise UserError(
-            f"{what} was rendered under two fingerprints, by two specs or releases; "
-            "name the spec to publish with SPEC= (and the SET= that it was rendered with)"
+        raise ContradictionError(
+            rows[0],
+            "was rendered under two fingerprints, by two specs or releases; "
+            "name the spec to publish with SPEC= (and the SET= that it was rendered with)",
         )
     samples = [row for row in rows if row["status"] == "sample"]
     if len(samples) < 2:
@@ -345,7 +358,9 @@ def _first_of(rows: Sequence[Mapping[str, Any]]) -> int:
     chosen = [i for i, row in enumerate(samples) if row["asset_sha256"] == newest[0]]
     contents = {(tuple(samples[i]["lengths"]), tuple(samples[i]["crc32s"])) for i in chosen}
     if len(contents) > 1 or len(set(newest)) > 1:
-        raise UserError(f"{what} has two different samples under one fingerprint; name the spec to publish with SPEC=")
+        raise ContradictionError(
+            rows[0], "has two different samples under one fingerprint; name the spec to publish with SPEC="
+        )
     return chosen[0]
 
 
@@ -446,21 +461,29 @@ def withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
     return table
 
 
+def _write_rows(table: pa.Table, path: Path) -> None:
+    schema = STABLE.with_metadata({"schema": str(SCHEMA)})
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, max(1, table.num_rows), _ROWS_PER_GROUP):
+            part = table.slice(start, _ROWS_PER_GROUP).cast(STABLE).replace_schema_metadata(schema.metadata)
+            writer.write_table(part)
+
+
 def write_manifest(store: Store, table: pa.Table) -> tuple[str, int]:
     """Store the file of a manifest under its digest; return digest and length.
 
     Raises:
         UserError: if other bytes stand there.
+        StoreError: if it cannot be stored, or first be written to the folder for temporary files.
     """
     handle, name = tempfile.mkstemp(prefix="lrm-manifest-", suffix=".parquet")
     os.close(handle)
     path = Path(name)
     try:
-        schema = STABLE.with_metadata({"schema": str(SCHEMA)})
-        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-            for start in range(0, max(1, table.num_rows), _ROWS_PER_GROUP):
-                part = table.slice(start, _ROWS_PER_GROUP).cast(STABLE).replace_schema_metadata(schema.metadata)
-                writer.write_table(part)
+        try:
+            _write_rows(table, path)
+        except OSError as error:
+            raise StoreError(f"manifest: {path} cannot be written: {error}; set TMPDIR to a larger folder") from None
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes, key = path.stat().st_size, manifest_key(sha256)

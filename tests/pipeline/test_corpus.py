@@ -146,7 +146,7 @@ def test_two_samples_of_one_uid_need_a_choice(store: Store, tmp_path: Path) -> N
     a, b = make_plan(store), make_plan(store, fingerprint="g")
     commit_all(store, a, tmp_path)
     commit_all(store, b, tmp_path)
-    with pytest.raises(UserError, match="two fingerprints"):
+    with pytest.raises(UserError, match=f"'ball-0' of source fake .*two fingerprints.* in the plans {a.id}, {b.id}$"):
         version.publish(store, [a, b])
     assert version.publish(store, [b])[0].record["fingerprints"] == ["g"]
 
