@@ -108,7 +108,8 @@ def _check(
 
 def _accepted(sample: Sample) -> Check:
     figures = {name: sample.quality[name] for name in FIGURES if isinstance(sample.quality.get(name), int | float)}
-    return Check(uid=sample.asset.uid, kind=ACCEPTED, figures=figures)
+    dropped = {f"frames_dropped_as_{fault}": number for fault, number in sample.quality.get("dropped", {}).items()}
+    return Check(uid=sample.asset.uid, kind=ACCEPTED, figures=figures | dropped)
 
 
 def _middle(frames: Sequence[str], masks: Sequence[str]) -> str | None:

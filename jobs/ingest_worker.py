@@ -159,17 +159,21 @@ class IngestWorker(Supervisor):
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
     def check_hook(self) -> str:
-        """Run the spec's hook for masks once, where it will run; return what it said if it failed on a test picture.
+        """Run the spec's hook for masks once, where it will run; return what is wrong if it failed on a test picture.
 
         Raises:
             UserError: it cannot be run.
-            AssetError: no word about the hook, such as a child that does not start.
         """
-        child = self._ensure_child()
+        try:
+            return self._try_hook(self._ensure_child())
+        except AssetError as error:  # a hook that takes the child down says nothing certain about photos either
+            return error.message
+
+    def _try_hook(self, child: ChildProcess) -> str:
         asset = Asset(uid="the hook", source="colmap", uri="", format="capture")
         reader = MemberReader(asset.uid, {}, 0)
         files = CaptureFiles(uid=asset.uid, frames={}, masks={}, models={}, read=reader.read)
-        job = _Job(asset, [], OpenCapture(files, reader), time.monotonic() + START_DEADLINE_S)
+        job = _Job(asset, [], OpenCapture(files, reader), time.monotonic() + self._spec.limits.deadline_s)
         request = {"type": "hook", "command": self._spec.capture.mask_command}
         return str(self._ask(child, job, request, "hook")[0].get("said", ""))[:500]
 

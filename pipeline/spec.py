@@ -184,6 +184,14 @@ class CaptureSpec(BaseModel):
     )
     resolution_px: int = Field(512, ge=16, le=4096, description="width and height of a view in pixels")
     padding: float = Field(1.15, ge=1.0, le=4.0, description="side of the square crop over the mask's longer side")
+    # Loss over the masked pixels of 512 px views, between what was resampled and what decodes, on white; mean over the
+    # views, measured with OpenCV 4.11 on two captures of 22 and 10 views: a wooden tankard with fine grain, and a doll.
+    #   quality    tankard                                    doll
+    #   90         35.7 dB (luma 40.8), SSIM 0.935,  38 KB    40.4 dB (luma 43.5), SSIM 0.972,  22 KB
+    #   95         37.4 dB (luma 44.9), SSIM 0.954,  55 KB    42.7 dB (luma 46.4), SSIM 0.982,  32 KB
+    #   98         38.0 dB,             SSIM 0.960,  68 KB    43.9 dB,             SSIM 0.986,  41 KB
+    #   lossless                                    168 KB                                     118 KB
+    # Most of it is colour at half resolution, as JPEG has it too, which no quality of lossy WebP gives back.
     codec: Literal["webp", "webp-q95", "png"] = Field(
         "webp-q95", description="webp-q95 is lossy in colour, lossless in alpha: the photos were JPEG; webp is lossless"
     )
