@@ -211,7 +211,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         hours = f"{cost['cpu_hours']:.3g} CPU hours" + (
             f", {cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else ""
         )
-        price = "" if cost["so_far"] is None else f", cost {cost['so_far']:.2f} so far, {cost['left'] or 0:.2f} to go"
+        spent, left = cost["so_far"], cost["left"] or 0.0
+        price = "" if spent is None else f", cost {_money(spent)} so far, {_money(left)} to go"
         lines.append(f"  spent    {hours}{price}")
     return lines + [f"    {count:6d} {kind}" for kind, count in plan["failures"].items()]
 
@@ -223,6 +224,11 @@ def _run_line(run: Mapping[str, Any]) -> str:
     done = f"{run['samples']} samples and {failed} failures so far, {run['making']} in the making"
     reason = f": {run['reason']}" if run["reason"] else ""
     return f"{where}: {run['state']}{reason}; {done}; {heard}"
+
+
+def _money(amount: float) -> str:
+    """Write a price: cents, and three digits of what is less than one."""
+    return f"{amount:.2f}" if amount >= 1 or not amount else f"{amount:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -311,7 +311,7 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
             shard_bytes=int(metadata["shard_bytes"]),
             work=parse_work(metadata["work"]),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(store.url, plan_id, error) from None
     if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned:
         raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} contradicts itself")
@@ -331,7 +331,7 @@ def tally_of(receipt: Receipt) -> Tally:
         retryable=pc.sum(rows["retryable"]).as_py() or 0,
         shard_sha256=receipt.shard_sha256,
         shard_bytes=receipt.shard_bytes,
-        work=work_of(rows.select(["status", "provenance"]).to_pylist()),
+        work=parse_work(work_json(work_of(rows.select(["status", "provenance"]).to_pylist()))),  # rounded as stored
     )
 
 

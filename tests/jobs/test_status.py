@@ -67,7 +67,7 @@ def test_status_tells_speed_time_left_cost_and_nodes(any_store: Store) -> None:
     assert found["nodes"]["n1"]["failures"] == 1
     text = status_text(found)
     assert "9 planned, 5 samples, 1 failures, 3 open" in text
-    assert "cost 0.75 so far, 0.38 to go" in text
+    assert "cost 0.75 so far, 0.375 to go" in text
     dearer = corpus_status(any_store, ["workers.price_per_cpu_hour=1.0"])
     assert dearer["plans"][0]["cost"]["so_far"] == pytest.approx(1.5)
 
@@ -159,6 +159,7 @@ def test_a_second_look_reads_no_receipt_and_says_the_same(any_store: Store) -> N
     again = summary.count(any_store)
     assert (first.num_read, again.num_read) == (5, 0)
     assert first.tallies == again.tallies == truth(any_store, plan)
+    assert all(tally.work["n1"].objects == 3 for tally in first.tallies.values())
     assert len(list(any_store.list("summaries/"))) == 1
 
 
