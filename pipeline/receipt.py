@@ -13,12 +13,13 @@ full, its footer 0.1 ms.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
 from pipeline.plan import ShardPlan, check_schema
-from pipeline.sample import asset_row
-from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
+from pipeline.sample import SampleError, asset_row
+from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, write_shard
 from pipeline.spec import canonical_json
-from pipeline.store import Outcome, Store
+from pipeline.store import Outcome, Store, StoreError
 from pipeline.types import Failure, Sample, UserError
 
 ROWS = pa.schema(
@@ -163,6 +164,8 @@ def commit_shard(
 
     Raises:
         ValueError: if the results do not account for every planned uid; nothing is stored.
+        StoreError, SampleError, DamagedDataError: naming the plan and its objects, if the shard cannot be written,
+            verified or stored; no receipt is created.
     """
     planned = [asset.uid for asset in plan.assets]
     if sorted(planned) != sorted(results):
@@ -172,12 +175,26 @@ def commit_shard(
         )
     samples = [result for uid in planned if isinstance(result := results[uid], Sample)]
     shard = None
-    if samples:
-        shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
-        verify_shard(shard.path, shard.index, parse=False)
-        store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
-    rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
-    return commit_rows(store, plan, rows, shard)
+    with _naming(plan, scratch_dir):
+        if samples:
+            shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
+            store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
+        rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
+        return commit_rows(store, plan, rows, shard)
+
+
+@contextlib.contextmanager
+def _naming(plan: ShardPlan, scratch_dir: Path) -> Iterator[None]:
+    """Say in errors whose work it was."""
+    first, last = plan.assets[0].uid, plan.assets[-1].uid
+    objects = f"objects {first!r} to {last!r}" if len(plan.assets) > 1 else f"object {first!r}"
+    what = f"shard {plan.index} of plan {plan.plan_id[:16]} ({objects})"
+    try:
+        yield
+    except (StoreError, SampleError, DamagedDataError) as error:
+        raise type(error)(f"{what}: {error}") from None
+    except OSError as error:  # of the scratch folder: a store's own are StoreErrors
+        raise StoreError(f"{what}: its tar could not be written to {scratch_dir}: {error}") from None
 
 
 def commit_rows(

@@ -10,7 +10,7 @@ added) count; its processor time is told too, for machines that do other work be
     merge     read every receipt, judge every record, merge to one table
     publish   the rest: look for every shard, store the manifest, create the version
     status    tell where the corpus stands: the first look, which reads every receipt's footer, and the next
-    open      what a reader does first
+    open      what a reader does first: the first on its node, which makes the index, and any later one
     look      what a rebuild does first: compare the source with the receipts
     diff      against a version in which 1 % of the objects were made again from other files
 
@@ -245,9 +245,10 @@ def step(name: str, corpus: str, count: int) -> dict[str, Any]:
             found = corpus_status(store)
         out["shards"] = sum(plan["shards"]["committed"] for plan in found["plans"])
     elif name == "open":
-        with timed(out, "open_s"):
-            reader = VersionReader.open(corpus)
-        out["rows"] = len(reader)
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-", dir=Path(corpus).parent)
+        for key in ("open_s", "open_again_s"):
+            with timed(out, key):
+                out["rows"] = len(VersionReader.open(corpus).index)
     elif name == "look":
         with timed(out, "look_s"):
             found_ = look(store, count, changed=False)
@@ -291,7 +292,7 @@ def costs() -> dict[str, float]:
     return {"peak_rss_bytes": own.ru_maxrss * 1024, "cpu_seconds": round(seconds, 2)}
 
 
-def assemble(folder: Path, rounds: int = 5, objects: int = 32) -> dict[str, float]:
+def assemble(folder: Path, rounds: int = 15, objects: int = 32) -> dict[str, float]:
     """Measure shard assembly against hashing and writing its bytes once; MB/s of the encoded bytes, medians."""
     rng = np.random.default_rng(0)
     store = open_store(str(folder / "assembled"))

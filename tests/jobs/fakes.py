@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,14 @@ def produce_poison(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
         os.kill(os.getpid(), signal.SIGKILL)
 
     def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
-        path = Path(f"/nowhere/{mode}.glb")
+        folder = tempfile.TemporaryDirectory()
+        path = Path(folder.name, f"{mode}.glb")
+        path.touch()
         if mode == "hang":
             spec = spec.model_copy(update={"limits": spec.limits.model_copy(update={"deadline_s": 2.0})})
         worker = produce_module._worker(worker_module.RenderWorker, spec, fingerprint)
-        return worker.render(replace(asset, uri=str(path), format="glb"), path)
+        with folder:
+            return worker.render(replace(asset, uri=str(path), format="glb"), path)
 
     worker_module.default_command = lambda: [sys.executable, "-P", "-s", str(FAKE_CHILD)]
     produce_module._render = attempt
