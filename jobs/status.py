@@ -211,8 +211,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         hours = f"{cost['cpu_hours']:.3g} CPU hours" + (
             f", {cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else ""
         )
-        spent, left = cost["so_far"], cost["left"] or 0.0
-        price = "" if spent is None else f", cost {_money(spent)} so far, {_money(left)} to go"
+        spent, rest = cost["so_far"], cost["left"] or 0.0
+        price = "" if spent is None else f", cost {_money(spent)} so far, {_money(rest)} to go"
         lines.append(f"  spent    {hours}{price}")
     return lines + [f"    {count:6d} {kind}" for kind, count in plan["failures"].items()]
 
