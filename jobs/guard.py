@@ -2,7 +2,7 @@
 
 A failure share is taken over the last objects, not over all: a network that goes down after a hundred thousand good
 objects must not be paid for with a hundred thousand bad ones. Fewer objects than the window never stop a run, so one
-failure of two objects says nothing. What policy leaves out (licences, lists) is not counted, on either side.
+failure of two objects says nothing. What the user's own policy leaves out is not counted, on either side.
 
 What stops a run is `RunStoppedError`: a reason in one line. Shards that are open then are not committed, so what failed
 for the wrong reason is made again by the same command once the cause is mended; committed ones stay.
@@ -24,7 +24,14 @@ from pipeline.types import FailureKind, UserError
 
 POLL_S = 2.0
 LOOK_S = 5.0
-POLICY = frozenset({FailureKind.LICENCE_EXCLUDED.value, FailureKind.EXCLUDED.value})
+POLICY = frozenset(
+    {
+        FailureKind.LICENCE_EXCLUDED, FailureKind.EXCLUDED, FailureKind.CROPPED, FailureKind.OVER_EXPOSED,
+        FailureKind.THIN, FailureKind.SINGLE_COLOUR, FailureKind.UNTEXTURED, FailureKind.TRANSPARENT,
+        FailureKind.CUT_OFF, FailureKind.NARROW_SWEEP,
+    }
+)  # fmt: skip
+"""What only the user's own policy refuses: licences, lists, and rules that let everything in by default."""
 
 
 class RunStoppedError(UserError):

@@ -41,6 +41,8 @@ LATE = 3.0
 """A run whose newest beat is older than so many periods is stale."""
 END_S = 5.0
 """How long the end of a run may wait for a store that does not answer."""
+SWEPT = 64
+"""Runs that a new run looks at for what it may remove, oldest first: a thousand jobs of an array start at once."""
 FORGET_S = 7 * 24 * 3600.0
 MAX_BEAT_BYTES = 2**20
 _THREADS = 16
@@ -166,7 +168,7 @@ class Heart:
         """Remove what ended runs of the same plans left, and what is too old to mean anything."""
         with contextlib.suppress(StoreError):
             mine = set(self._about.get("plan_sets", ()))
-            for run, keys in _read(self._store):
+            for run, keys in _read(self._store, most=SWEPT):
                 if (run.state in _ENDED and mine & set(run.plan_sets)) or run.age_s > FORGET_S:
                     for key in keys:
                         _forget(self._store, key)
@@ -177,8 +179,8 @@ def look(store: Store) -> list[Run]:
     return sorted((run for run, _ in _read(store)), key=lambda run: (run.begun, run.id))
 
 
-def _read(store: Store) -> list[tuple[Run, list[str]]]:
-    """Return each run by its newest beat, with the keys of all its beats."""
+def _read(store: Store, most: int | None = None) -> list[tuple[Run, list[str]]]:
+    """Return each run, or the oldest ones, by its newest beat, with the keys of all its beats."""
     beats: dict[str, list[ObjectInfo]] = {}
     for item in store.list("runs/"):
         if match := _KEY.fullmatch(item.key):
@@ -195,7 +197,7 @@ def _read(store: Store) -> list[tuple[Run, list[str]]]:
         return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return [found for found in pool.map(one, sorted(beats)) if found is not None]
+        return [found for found in pool.map(one, sorted(beats)[:most]) if found is not None]
 
 
 def _parse(name: str, data: bytes, age_s: float) -> Run | None:

@@ -25,7 +25,7 @@ from typing import Any
 from jobs import runs
 from jobs.runs import Run
 from pipeline import summary, version
-from pipeline.receipt import NodeWork, Tally
+from pipeline.receipt import NodeWork, Tally, Work
 from pipeline.spec import WorkerSpec, apply_overrides, spec_of_json, validate_config
 from pipeline.store import Store
 from pipeline.summary import Outline
@@ -52,19 +52,17 @@ def corpus_status(store: Store, overrides: Iterable[str] = ()) -> dict[str, Any]
     living = runs.look(store)
     held = _held(living)
     overrides = tuple(overrides)
-    plans, nodes = [], dict[str, NodeWork]()
+    plans, worked = [], set[str]()
     for outline in summary.outlines(store):
         tallies = [counted.tallies[plan_id] for plan_id in outline.plan_ids if plan_id in counted.tallies]
         plans.append(_plan(store, outline, tallies, held, overrides))
         if outline.kind != "compact":  # its rows tell of the work that was done for the shards it copied from
-            for tally in tallies:
-                for node, work in tally.work.items():
-                    nodes[node] = nodes.get(node, NodeWork()) + work
+            worked.update(tally.plan_id for tally in tallies)
     return {
         "corpus": store.url,
         "versions": version.latest_number(store),
         "plans": plans,
-        "nodes": {node: _node(work) for node, work in sorted(nodes.items())},
+        "nodes": {node: _node(work) for node, work in counted.nodes(worked).items()},
         "runs": [_run(run) for run in living],
         "receipts": {"listed": len(counted.tallies), "read": counted.num_read},
     }
@@ -91,7 +89,7 @@ def _plan(
     done = {tally.plan_id for tally in tallies}
     missing = [i for i, plan_id in enumerate(outline.plan_ids) if plan_id not in done]
     left = outline.num_assets - samples - sum(kinds.values())
-    work = [] if outline.kind == "compact" else [one for tally in tallies for one in tally.work.values()]
+    work = [] if outline.kind == "compact" else [tally.work for tally in tallies if tally.work.objects]
     rate = _rate(work)
     return {
         "plan_set": outline.id,
@@ -127,7 +125,7 @@ def _objects(outline: Outline, missing: Sequence[int], held: Mapping[str, tuple[
     }
 
 
-def _rate(work: Sequence[NodeWork]) -> float | None:
+def _rate(work: Sequence[Work]) -> float | None:
     """Return objects a second in the last hour of work; None where no receipt tells times."""
     last = max((one.ended_s for one in work), default=0.0)
     recent = [one for one in work if one.ended_s > last - RATE_WINDOW_S]
@@ -137,7 +135,7 @@ def _rate(work: Sequence[NodeWork]) -> float | None:
     return sum(one.objects for one in recent) / max(span, 1e-3)
 
 
-def _cost(work: Sequence[NodeWork], workers: WorkerSpec, left: int, done: int) -> dict[str, Any]:
+def _cost(work: Sequence[Work], workers: WorkerSpec, left: int, done: int) -> dict[str, Any]:
     """Return hours reserved, and what they and the rest cost where the spec names prices."""
     cpu_h, gpu_h = (sum(getattr(one, name) for one in work) / 3600 for name in ("cpu_s", "gpu_s"))
     told = sum(one.objects for one in work)
@@ -158,7 +156,6 @@ def _node(work: NodeWork) -> dict[str, Any]:
         "failures": work.objects - work.samples,
         "busy_s": round(work.busy_s, 1),
         "seconds_per_object": round(work.busy_s / work.objects, 3) if work.objects else None,
-        "last_s": round(work.ended_s, 1),
     }
 
 
@@ -211,7 +208,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         hours = f"{cost['cpu_hours']:.3g} CPU hours" + (
             f", {cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else ""
         )
-        price = "" if cost["so_far"] is None else f", cost {cost['so_far']:.2f} so far, {cost['left'] or 0:.2f} to go"
+        spent, rest = cost["so_far"], cost["left"] or 0.0
+        price = "" if spent is None else f", cost {_money(spent)} so far, {_money(rest)} to go"
         lines.append(f"  spent    {hours}{price}")
     return lines + [f"    {count:6d} {kind}" for kind, count in plan["failures"].items()]
 
@@ -223,6 +221,11 @@ def _run_line(run: Mapping[str, Any]) -> str:
     done = f"{run['samples']} samples and {failed} failures so far, {run['making']} in the making"
     reason = f": {run['reason']}" if run["reason"] else ""
     return f"{where}: {run['state']}{reason}; {done}; {heard}"
+
+
+def _money(amount: float) -> str:
+    """Write a price: cents, and three digits of what is less than one."""
+    return f"{amount:.2f}" if amount >= 1 or not amount else f"{amount:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -256,9 +256,8 @@ def _row_lines(row: Mapping[str, Any]) -> list[str]:
         lines += [f"  with     {rest}"] if rest else []
     digest = row.get("asset_sha256")
     lines.append(f"  asset    {row.get('asset_bytes', '?')} bytes, sha256 {digest or 'unknown'}")
-    lines.append(
-        f"  trace    {row['trace']}; receipt {receipt.receipt_key(row['plan_id'])}; fingerprint {row['fingerprint']}"
-    )
+    lines.append(f"  trace    {row['trace']}; fingerprint {row['fingerprint']}")
+    lines.append(f"  receipt  {receipt.receipt_key(row['plan_id'])}")
     if row.get("log_tail"):
         lines += ["  log tail", *(f"    | {line}" for line in str(row["log_tail"]).splitlines())]
     return lines

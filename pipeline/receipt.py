@@ -79,6 +79,8 @@ _METADATA = (
     "work",
 )
 _FOOTER_BYTES = 16 * 1024
+_MOST = 2**53
+_UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError)
 VOLATILE = ("attempts", "log_tail", "provenance")
 
 
@@ -95,33 +97,30 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWork:
-    """What one node did for a shard: seconds of the tasks that came to an end, the last of which may still be retried.
+    """What one node did for a shard: objects it ended, samples among them, seconds its tasks took."""
+
+    objects: int
+    samples: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a shard cost: the tasks that ended its objects; earlier tries whose process died are not in it.
 
     Attributes:
-        objects: that it made or failed to make; `samples` of them it made.
-        busy_s: seconds that tasks held their share of the node.
-        cpu_s: the same times the CPUs that each reserved; `gpu_s` times its share of a GPU.
-        begun_s, ended_s: first start and last end by the node's clock, seconds since 1970.
+        objects: whose rows tell times.
+        cpu_s: seconds times the CPUs that each task reserved; `gpu_s` times its share of a GPU.
+        begun_s, ended_s: first start and last end by the nodes' clocks, seconds since 1970.
+        nodes: by name.
     """
 
     objects: int = 0
-    samples: int = 0
-    busy_s: float = 0.0
     cpu_s: float = 0.0
     gpu_s: float = 0.0
-    begun_s: float = math.inf
+    begun_s: float = 0.0
     ended_s: float = 0.0
-
-    def __add__(self, other: NodeWork) -> NodeWork:
-        return NodeWork(
-            objects=self.objects + other.objects,
-            samples=self.samples + other.samples,
-            busy_s=self.busy_s + other.busy_s,
-            cpu_s=self.cpu_s + other.cpu_s,
-            gpu_s=self.gpu_s + other.gpu_s,
-            begun_s=min(self.begun_s, other.begun_s),
-            ended_s=max(self.ended_s, other.ended_s),
-        )
+    nodes: Mapping[str, NodeWork] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +130,7 @@ class Tally:
     Attributes:
         failures: failures by kind.
         retryable: how many of them may end otherwise.
-        work: by node; empty in receipts of releases that did not note it.
+        work: nothing in receipts of releases that did not note it.
     """
 
     plan_id: str
@@ -142,7 +141,7 @@ class Tally:
     retryable: int
     shard_sha256: str | None
     shard_bytes: int
-    work: Mapping[str, NodeWork] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 def receipt_key(plan_id: str) -> str:
@@ -328,9 +327,11 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
             shard_bytes=int(metadata["shard_bytes"]),
             work=parse_work(metadata["work"]),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (*_UNREADABLE, ArithmeticError, AttributeError, RecursionError) as error:
         raise unreadable(store.url, plan_id, error) from None
-    if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned:
+    counts = (found.samples, found.retryable, found.shard_bytes, found.work.objects, *found.failures.values())
+    sound = all(0 <= count < _MOST for count in counts)
+    if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned or not sound:
         raise _damaged(store.url, plan_id, "contradicts itself")
     return found
 
@@ -352,9 +353,10 @@ def tally_of(receipt: Receipt) -> Tally:
     )
 
 
-def work_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, NodeWork]:
-    """Return what each node did, by the provenance of a receipt's rows; rows that do not tell are left out."""
-    out: dict[str, NodeWork] = {}
+def work_of(rows: Sequence[Mapping[str, Any]]) -> Work:
+    """Return what a shard cost, by the provenance of its receipt's rows; rows that do not tell are left out."""
+    nodes: dict[str, NodeWork] = {}
+    spans, cpu_s, gpu_s = list[tuple[float, float]](), 0.0, 0.0
     for row in rows:
         try:
             told = json.loads(row["provenance"] or "{}")
@@ -364,40 +366,53 @@ def work_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, NodeWork]:
             finite = all(map(math.isfinite, (busy_s, cpus, gpus)))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
             continue
-        if finite:
-            done = NodeWork(
-                objects=1, samples=int(row["status"] == "sample"), busy_s=busy_s, cpu_s=busy_s * cpus,
-                gpu_s=busy_s * gpus, begun_s=ended_s - busy_s, ended_s=ended_s,
-            )  # fmt: skip
-            out[node] = out.get(node, NodeWork()) + done
-    return out
+        if not finite:
+            continue
+        spans.append((ended_s - busy_s, ended_s))
+        cpu_s, gpu_s = cpu_s + busy_s * cpus, gpu_s + busy_s * gpus
+        was = nodes.get(node, NodeWork(objects=0, samples=0, busy_s=0.0))
+        nodes[node] = NodeWork(
+            objects=was.objects + 1,
+            samples=was.samples + (row["status"] == "sample"),
+            busy_s=round(was.busy_s + busy_s, 3),
+        )
+    if not spans:
+        return Work()
+    return Work(
+        objects=len(spans), cpu_s=round(cpu_s, 3), gpu_s=round(gpu_s, 3), nodes=nodes,
+        begun_s=round(min(begun for begun, _ in spans), 3), ended_s=round(max(ended for _, ended in spans), 3),
+    )  # fmt: skip
 
 
-_WORK = ("objects", "samples", "busy_s", "cpu_s", "gpu_s", "begun_s", "ended_s")
+_WORK = ("objects", "cpu_s", "gpu_s", "begun_s", "ended_s")
 
 
-def work_json(work: Mapping[str, NodeWork]) -> str:
-    """Return the work of nodes as a receipt's footer and a summary hold it."""
-    lists = {node: [round(getattr(done, name), 3) for name in _WORK] for node, done in work.items()}
-    return canonical_json(lists).decode()
+def work_json(work: Work) -> str:
+    """Return the work of a shard as its receipt's footer holds it: 20 bytes a node."""
+    nodes = {name: [one.objects, one.samples, one.busy_s] for name, one in work.nodes.items()}
+    return canonical_json({"all": [getattr(work, name) for name in _WORK], "nodes": nodes}).decode()
 
 
-def parse_work(text: str) -> dict[str, NodeWork]:
+def parse_work(text: str) -> Work:
     """Read what `work_json` wrote; "" is nothing.
 
     Raises:
-        ValueError, TypeError, AttributeError: if it is something else.
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: if it is something else.
     """
-    if text in ("", "{}"):
-        return {}
-    out = {}
-    for node, values in json.loads(text).items():
-        numbers = [float(value) for value in values]
-        if len(numbers) != len(_WORK) or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"work of node {str(node)[:40]!r} is not {len(_WORK)} numbers")
-        counts = {name: int(value) for name, value in zip(_WORK[:2], numbers)}
-        out[str(node)] = NodeWork(**counts, **dict(zip(_WORK[2:], numbers[2:])))  # type: ignore[arg-type]
-    return out
+    if not text:
+        return Work()
+    told = json.loads(text)
+    objects, *seconds = map(float, told["all"])
+    nodes = {
+        str(name): NodeWork(objects=int(count), samples=int(samples), busy_s=float(busy_s))
+        for name, (count, samples, busy_s) in told["nodes"].items()
+    }
+    if not all(map(math.isfinite, (objects, *seconds, *(one.busy_s for one in nodes.values())))):
+        raise ValueError("its work is not finite")
+    if not all(0 <= count < _MOST for one in nodes.values() for count in (one.objects, one.samples)):
+        raise ValueError("its nodes made an absurd number of objects")
+    cpu_s, gpu_s, begun_s, ended_s = seconds
+    return Work(objects=int(objects), cpu_s=cpu_s, gpu_s=gpu_s, begun_s=begun_s, ended_s=ended_s, nodes=nodes)
 
 
 def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str) -> dict[str, str]:

@@ -331,7 +331,7 @@ class WorkerSpec(BaseModel):
         gt=0,
         le=1,
         description="largest share of failures among the last `failure_window` objects; above it the run stops with "
-        "a reason. What a licence policy or a list of the user's leaves out is no failure here; 1 never stops",
+        "a reason. What licences, lists or rules that are off by default leave out is no failure here; 1 never stops",
     )
     failure_window: int = Field(
         200, ge=10, le=100_000, description="how many of the last objects that share is taken over; fewer never stop"

@@ -22,19 +22,20 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import receipt
 from pipeline.plan import check_schema, plan_key
-from pipeline.receipt import Tally
+from pipeline.receipt import NodeWork, Tally, Work
 from pipeline.spec import canonical_json
 from pipeline.store import ObjectInfo, Store, StoreError
 from pipeline.types import UserError
@@ -56,9 +57,19 @@ _COLUMNS = pa.schema(
         ("retryable", pa.int64()),
         ("shard_sha256", pa.string()),
         ("shard_bytes", pa.int64()),
-        ("work", pa.string()),  # JSON, as in a receipt's footer
+        ("timed", pa.int64()),  # these five: `receipt.Work`
+        ("cpu_s", pa.float64()),
+        ("gpu_s", pa.float64()),
+        ("begun_s", pa.float64()),
+        ("ended_s", pa.float64()),
+        ("nodes", pa.list_(pa.string())),  # these four: its nodes
+        ("node_objects", pa.list_(pa.int64())),
+        ("node_samples", pa.list_(pa.int64())),
+        ("node_busy_s", pa.list_(pa.float64())),
     ]
 )
+_NODES = ("nodes", "node_objects", "node_samples", "node_busy_s")
+_SCALARS = tuple(name for name in _COLUMNS.names if name not in _NODES)
 
 _log = logging.getLogger(__name__)
 
@@ -68,14 +79,25 @@ class Counted:
     """The tallies of a corpus.
 
     Attributes:
-        tallies: by plan id, of every receipt that is there.
-        committed_s: when each was committed, by the store's clock, seconds since 1970.
+        tallies: by plan id, of every receipt that is there; without nodes, of which there may be one an object.
+        rows: the same as a table of `_COLUMNS`, nodes and all.
         num_read: receipts whose footer was read; the others came from a summary.
     """
 
     tallies: Mapping[str, Tally]
-    committed_s: Mapping[str, float]
+    rows: pa.Table
     num_read: int
+
+    def nodes(self, plan_ids: Iterable[str]) -> dict[str, NodeWork]:
+        """Return what each node did for some shards, by name."""
+        mine = self.rows.filter(pc.is_in(self.rows["plan_id"], pa.array(list(plan_ids), pa.string())))
+        flat = pa.table({name: pc.list_flatten(mine[name]) for name in _NODES})
+        sums = flat.group_by("nodes").aggregate([(name, "sum") for name in _NODES[1:]]).sort_by("nodes")
+        columns = [sums[name].to_pylist() for name in ("nodes", *(f"{name}_sum" for name in _NODES[1:]))]
+        return {
+            node: NodeWork(objects=objects, samples=samples, busy_s=busy_s)
+            for node, objects, samples, busy_s in zip(*columns)
+        }
 
 
 def count(store: Store, *, keep: bool = True) -> Counted:
@@ -92,8 +114,8 @@ def count(store: Store, *, keep: bool = True) -> Counted:
         for item in store.list("receipts/")
         if item.key.endswith(_ENDING)
     }
-    known = _known(store, listed) if len(listed) >= FEW else {}
-    missing = sorted(listed.keys() - known.keys())
+    known = _known(store, listed) if len(listed) >= FEW else _COLUMNS.empty_table()
+    missing = sorted(listed.keys() - set(known["plan_id"].to_pylist()))
 
     def read(plan_id: str) -> Tally | None:
         try:
@@ -102,22 +124,19 @@ def count(store: Store, *, keep: bool = True) -> Counted:
             return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(missing, pool.map(read, missing)))
-    tallies = known | {plan_id: tally for plan_id, tally in found.items() if tally is not None}
+        found = [tally for tally in pool.map(read, missing) if tally is not None]
+    fresh = pa.Table.from_pylist([_row(tally, listed[tally.plan_id]) for tally in found], schema=_COLUMNS)
+    rows = pa.concat_tables([known, fresh]).sort_by("plan_id")
     if keep and len(missing) >= max(FEW, len(listed) / SHARE):
-        _keep(store, tallies, listed)
-    return Counted(
-        tallies=tallies,
-        committed_s={plan_id: listed[plan_id].modified_s for plan_id in tallies},
-        num_read=len(missing),
-    )
+        _keep(store, rows)
+    return Counted(tallies=_tallies(rows), rows=rows, num_read=len(missing))
 
 
 def _stamp(item: ObjectInfo) -> tuple[int, int]:
     return item.num_bytes, round(item.modified_s * 1e6)
 
 
-def _known(store: Store, listed: Mapping[str, ObjectInfo]) -> dict[str, Tally]:
+def _known(store: Store, listed: Mapping[str, ObjectInfo]) -> pa.Table:
     """Return what the newest readable summary says of receipts that are still as it saw them."""
     stored = [item for item in store.list(_PREFIX) if item.key.endswith(_ENDING)]
     for item in sorted(stored, key=lambda item: (item.modified_s, item.key), reverse=True)[:3]:
@@ -125,52 +144,62 @@ def _known(store: Store, listed: Mapping[str, ObjectInfo]) -> dict[str, Tally]:
             data = store.get(item.key)
             if not item.key.endswith(f"-{hashlib.sha256(data).hexdigest()}{_ENDING}"):
                 raise ValueError("it does not match its digest")
-            return _parse(data, listed)
+            rows = pq.read_table(pa.BufferReader(data)).select(_COLUMNS.names).cast(_COLUMNS)
+            stamps = zip(*(rows[name].to_pylist() for name in ("plan_id", "num_bytes", "modified_us")))
+            same = [(one := listed.get(name)) is not None and _stamp(one) == (size, us) for name, size, us in stamps]
+            kept = rows.filter(pa.array(same, pa.bool_()))
+            _tallies(kept)  # so that what is no tally is found here
         except (StoreError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError) as error:
             _log.warning("corpus %s: %s is passed over: %s", store.url, item.key, str(error).split("\n", 1)[0])
-    return {}
+        else:
+            return kept
+    return _COLUMNS.empty_table()
 
 
-def _parse(data: bytes, listed: Mapping[str, ObjectInfo]) -> dict[str, Tally]:
-    table = pq.read_table(pa.BufferReader(data)).select(_COLUMNS.names).cast(_COLUMNS)
-    columns = [table[name].to_pylist() for name in _COLUMNS.names]
+def _tallies(rows: pa.Table) -> dict[str, Tally]:
+    """Return the tallies of a table by plan id, without their nodes."""
     out: dict[str, Tally] = {}
-    for plan_id, num_bytes, modified_us, print_, planned, samples, kinds, retryable, sha256, size, work in zip(
-        *columns
-    ):
-        item = listed.get(plan_id)
-        if item is None or _stamp(item) != (num_bytes, modified_us):
-            continue
-        out[plan_id] = Tally(
-            plan_id=plan_id, fingerprint=print_, planned=planned, samples=samples, retryable=retryable,
+    for values in zip(*(rows[name].to_pylist() for name in _SCALARS)):
+        row = dict(zip(_SCALARS, values))
+        kinds = row["failures"]
+        out[row["plan_id"]] = Tally(
+            plan_id=row["plan_id"],
+            fingerprint=row["fingerprint"],
+            planned=row["planned"],
+            samples=row["samples"],
             failures={} if kinds == "{}" else {str(kind): int(n) for kind, n in json.loads(kinds).items()},
-            shard_sha256=sha256, shard_bytes=size, work=receipt.parse_work(work),
+            retryable=row["retryable"],
+            shard_sha256=row["shard_sha256"],
+            shard_bytes=row["shard_bytes"],
+            work=Work(
+                objects=row["timed"], cpu_s=row["cpu_s"], gpu_s=row["gpu_s"], begun_s=row["begun_s"],
+                ended_s=row["ended_s"],
+            ),
         )  # fmt: skip
     return out
 
 
-def _keep(store: Store, tallies: Mapping[str, Tally], listed: Mapping[str, ObjectInfo]) -> None:
-    rows = [
-        {
-            "plan_id": plan_id,
-            "num_bytes": _stamp(listed[plan_id])[0],
-            "modified_us": _stamp(listed[plan_id])[1],
-            "fingerprint": tally.fingerprint,
-            "planned": tally.planned,
-            "samples": tally.samples,
-            "failures": canonical_json(dict(tally.failures)).decode(),
-            "retryable": tally.retryable,
-            "shard_sha256": tally.shard_sha256,
-            "shard_bytes": tally.shard_bytes,
-            "work": receipt.work_json(tally.work),
-        }
-        for plan_id, tally in sorted(tallies.items())
-    ]
+def _row(tally: Tally, item: ObjectInfo) -> dict[str, Any]:
+    """Return the row of a tally that was read from the receipt that is listed so."""
+    num_bytes, modified_us = _stamp(item)
+    work, nodes = tally.work, tally.work.nodes.values()
+    return {
+        "plan_id": tally.plan_id, "num_bytes": num_bytes, "modified_us": modified_us,
+        "fingerprint": tally.fingerprint, "planned": tally.planned, "samples": tally.samples,
+        "failures": canonical_json(dict(tally.failures)).decode(), "retryable": tally.retryable,
+        "shard_sha256": tally.shard_sha256, "shard_bytes": tally.shard_bytes,
+        "timed": work.objects, "cpu_s": work.cpu_s, "gpu_s": work.gpu_s, "begun_s": work.begun_s,
+        "ended_s": work.ended_s, "nodes": list(work.nodes), "node_objects": [one.objects for one in nodes],
+        "node_samples": [one.samples for one in nodes], "node_busy_s": [one.busy_s for one in nodes],
+    }  # fmt: skip
+
+
+def _keep(store: Store, rows: pa.Table) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_COLUMNS), sink, compression="zstd")
+    pq.write_table(rows, sink, compression="zstd", compression_level=3)
     data = sink.getvalue()
     try:
-        store.create(f"{_PREFIX}{len(rows):09d}-{hashlib.sha256(data).hexdigest()}{_ENDING}", data)
+        store.create(f"{_PREFIX}{rows.num_rows:09d}-{hashlib.sha256(data).hexdigest()}{_ENDING}", data)
     except StoreError as error:  # who may only read pays with time
         _log.info("a summary was not kept: %s", error)
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.parse
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,19 +131,19 @@ def test_a_run_pauses_while_the_disk_of_its_corpus_is_full_and_then_goes_on(
         ballast, corpus = small_disk / "ballast", small_disk / "c"
         ballast.write_bytes(bytes(64 * 2**20))
         spec = with_workers(make_spec(6, 3), min_free_bytes=48 * 2**20)
-        done: list[object] = []
-        job = threading.Thread(
-            target=lambda: done.append(build(spec, str(corpus), produce=fakes.produce, show_progress=False))
-        )
-        job.start()
-        store = open_store(str(corpus))
-        wait_for(lambda: any(run.state == "paused" for run in runs.look(store)))
-        assert "MiB free" in runs.look(store)[0].reason
-        assert not (corpus / "receipts").exists()
-        ballast.unlink()
-        job.join(timeout=60)
-        assert done
-        assert done[0].accounted  # type: ignore[attr-defined]
+        store, seen = open_store(str(corpus)), list[runs.Run]()
+
+        def make_room() -> None:
+            wait_for(lambda: any(run.state == "paused" for run in runs.look(store)))
+            seen.extend(runs.look(store))
+            assert not (corpus / "receipts").exists()
+            ballast.unlink()
+
+        operator = threading.Thread(target=make_room)
+        operator.start()
+        assert build(spec, str(corpus), produce=fakes.produce, show_progress=False).accounted
+        operator.join()
+        assert "MiB free" in seen[0].reason
         said = capfd.readouterr().err
         assert said.index("paused: ") < said.index("goes on: there is room again")
     finally:
@@ -209,14 +205,16 @@ def test_a_log_format_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 def queries() -> list[str]:
-    """Every query of the dashboard and of the alerts, for all sessions and any minute."""
-    import yaml
-
+    """Every query of the dashboard, for all sessions and any minute."""
     board = json.loads((GRAFANA / "lrm-corpus.json").read_text())
     found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    found = [text.replace("$session", ".*").replace("$__rate_interval", "1m") for text in found]
+    return [text.replace("$session", ".*").replace("$__rate_interval", "1m") for text in found]
+
+
+def alerts() -> list[str]:
+    """Every expression of the alert rules."""
     rules = yaml.safe_load((GRAFANA / "alerts.yml").read_text())
-    return found + [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    return [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
 
 
 def series_of(texts: list[str]) -> set[str]:
@@ -225,97 +223,4 @@ def series_of(texts: list[str]) -> set[str]:
 
 def test_the_dashboard_and_the_alerts_ask_for_what_is_exported() -> None:
     exported = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
-    assert series_of(queries()) == exported - {"ray_lrm_shards_committed_total"}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def fetch(url: str) -> str:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return str(reply.read().decode())
-    except OSError:
-        return ""
-
-
-NEVER = {"ray_lrm_worker_deaths_total", "ray_lrm_shard_retries_total"}
-"""Counters that have no series until something goes wrong; the panels draw 0 then."""
-
-
-@pytest.fixture
-def exporting(tmp_path: Path) -> object:
-    """A run in a process of its own whose metrics are scraped; yields (port, process)."""
-    if importlib.util.find_spec("prometheus_client") is None or importlib.util.find_spec("opencensus") is None:
-        pytest.skip("needs Ray's exporter: pip install 'ray[default]'")
-    port = free_port()
-    code = (
-        "from jobs.build import build\nfrom tests.jobs import fakes\nfrom tests.jobs.test_build import make_spec\n"
-        f"build(make_spec(4000, 20), {str(tmp_path / 'c')!r}, produce=fakes.produce_watched, show_progress=False)\n"
-    )
-    job = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "LRM_METRICS_PORT": str(port)},
-    )  # fmt: skip
-    yield port, job
-    job.terminate()
-    job.wait(timeout=30)
-
-
-def test_rays_exporter_shows_every_series_that_the_dashboard_asks_for(
-    exporting: tuple[int, subprocess.Popen[bytes]],
-) -> None:
-    port, job = exporting
-    wanted = series_of(queries()) - NEVER
-    text = ""
-    deadline = time.monotonic() + 120
-    while not all(re.search(rf"^{name}{{", text, re.MULTILINE) for name in wanted):
-        assert job.poll() is None, "the run ended before its metrics were seen"
-        assert time.monotonic() < deadline, sorted(n for n in wanted if f"\n{n}{{" not in text)
-        time.sleep(1)
-        text = fetch(f"http://127.0.0.1:{port}/metrics")
-    assert re.search(r'ray_lrm_objects_total{[^}]*kind="empty_scene"[^}]*outcome="failure"', text)
-    assert re.search(r'ray_lrm_stage_seconds_total{[^}]*stage="render"', text)
-
-
-def test_prometheus_finds_data_for_every_query(exporting: tuple[int, subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    if shutil.which("prometheus") is None:
-        pytest.skip("needs prometheus on the PATH: apt-get install prometheus")
-    port, job = exporting
-    web = free_port()
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
-        f"rule_files: ['{GRAFANA / 'alerts.yml'}']\n"
-        f"scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}]\n"
-    )
-    server = subprocess.Popen(
-        ["prometheus", f"--config.file={config}", f"--web.listen-address=127.0.0.1:{web}",
-         f"--storage.tsdb.path={tmp_path / 'tsdb'}", "--log.level=error"],
-    )  # fmt: skip
-    try:
-        board = [text for text in queries() if "[15m]" not in text and "[30m]" not in text and ") > 0" not in text[-6:]]
-        left = board
-        deadline = time.monotonic() + 150
-        while left:
-            assert job.poll() is None, "the run ended before its metrics were seen"
-            assert time.monotonic() < deadline, left
-            time.sleep(2)
-            left = [text for text in left if not answered(web, text)]
-        loaded = json.loads(fetch(f"http://127.0.0.1:{web}/api/v1/rules") or "{}")
-        rules = [rule for group in loaded["data"]["groups"] for rule in group["rules"]]
-        assert len(rules) == 5
-        assert {rule["health"] for rule in rules} == {"ok"}
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def answered(web: int, query: str) -> bool:
-    """Whether Prometheus has a value for a query."""
-    url = f"http://127.0.0.1:{web}/api/v1/query?query={urllib.parse.quote(query)}"
-    reply = json.loads(fetch(url) or "{}")
-    return bool(reply.get("data", {}).get("result"))
+    assert series_of(queries() + alerts()) == exported - {"ray_lrm_shards_committed_total"}
