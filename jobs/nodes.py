@@ -298,6 +298,7 @@ def ray_session(spec: DatasetSpec) -> Iterator[bool]:
         logs = ScratchFolder(Path("/tmp"), prefix="lrm-ray-")
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(logs.path)}
         options |= own_share(os.environ)
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # told to a dashboard, and here is none
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)

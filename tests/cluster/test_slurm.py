@@ -84,7 +84,7 @@ def restarts(queue: Slurm, job: str) -> int:
 def test_an_array_shares_out_the_shards_by_index_and_a_requeued_task_goes_on(queue: Slurm, tmp_path: Path) -> None:
     trial = Trial(queue, tmp_path, made_s=0.5)
     job = trial.submit("--array=0-3")
-    trial.wait_for_receipts(2)
+    trial.wait_for_receipts(1)
     running = [index for index, state in queue.states(job).items() if state == "RUNNING"]
     assert running, "requeued in the middle"
     queue.run("scontrol", "requeue", f"{job}_{running[0]}")
@@ -96,7 +96,7 @@ def test_an_array_shares_out_the_shards_by_index_and_a_requeued_task_goes_on(que
 
 
 def test_a_task_that_reaches_its_time_limit_is_queued_again_until_all_is_done(queue: Slurm, tmp_path: Path) -> None:
-    trial = Trial(queue, tmp_path, made_s=1.8)
+    trial = Trial(queue, tmp_path, objects=24, made_s=1.3)
     job = trial.submit("--array=0", "--time=1", "--signal=B:TERM@30")
     assert set(queue.wait(job).values()) == {"COMPLETED"}, trial.said()
     assert restarts(queue, job) >= 1, trial.said()
@@ -105,14 +105,15 @@ def test_a_task_that_reaches_its_time_limit_is_queued_again_until_all_is_done(qu
 
 
 def test_a_preempted_task_is_queued_again_and_one_that_was_killed_is_run_again(queue: Slurm, tmp_path: Path) -> None:
-    trial = Trial(queue, tmp_path, made_s=0.5)
+    trial = Trial(queue, tmp_path, made_s=1.0)
     job = trial.submit("--array=0-1", "--partition=low")
     trial.wait_for_receipts(1)
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     high = queue.submit(urgent, "--partition=high", "--exclusive", f"--output={tmp_path}/urgent.out")
     assert set(queue.wait(high).values()) == {"COMPLETED"}
-    wait_for(lambda: "RUNNING" in queue.states(job).values(), 60, "the preempted task runs again")
+    assert "it is queued again" in trial.said()
+    wait_for(lambda: "RUNNING" in queue.states(job).values(), 60, f"a new start of {queue.states(job)}")
     before = trial.receipts()
     trial.wait_for_receipts(before + 1)
     queue.run("scancel", "--signal=KILL", "--full", job)  # no warning at all: script, driver and workers
