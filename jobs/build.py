@@ -211,7 +211,7 @@ def _load_plan(store: Store, name: str, fingerprint: str) -> PlanSet:
 Work = list[tuple[PlanSet, list[int]]]
 """Frozen plans, and which of their shards are asked for."""
 Todo = list[tuple[PlanSet, int]]
-"""Shards to make. The assets of one are read from the table of its plan when it is opened: as objects they take 1 KB."""
+"""Shards to make. The assets of one are read from its plan when it is opened: as objects they take a KB each."""
 
 
 def run(
