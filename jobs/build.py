@@ -211,6 +211,8 @@ def _load_plan(store: Store, name: str, fingerprint: str) -> PlanSet:
 
 Work = list[tuple[PlanSet, list[int]]]
 """Frozen plans, and which of their shards are asked for."""
+Todo = list[tuple[PlanSet, int]]
+"""Shards to make. The assets of one are read from its plan when it is opened: as objects they take a KB each."""
 
 
 def run(
@@ -283,9 +285,9 @@ def _try_device(spec: DatasetSpec, fingerprint: str) -> str:
     return check_device(spec, fingerprint)
 
 
-def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
+def _todo(store: Store, work: Work, summary: Summary) -> Todo:
     """Count what is asked for, and the receipts that exist; return the shards that have none."""
-    todo: list[ShardPlan] = []
+    todo: Todo = []
     summary.plan_set = ", ".join(plan.id for plan, _ in work)
     present = receipt_sizes(store)
     for plan, indexes in work:
@@ -297,7 +299,7 @@ def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for tally in pool.map(lambda plan_id: receipt.tally(store, plan_id, present[plan_id]), done):
                 summary.count(tally)
-        todo += [plan.shards[i] for i in indexes if names[i] not in present]
+        todo += [(plan, i) for i in indexes if names[i] not in present]
     return todo
 
 
@@ -347,6 +349,12 @@ class _Driver:
     ) -> None:
         self.spec, self.store, self.summary, self.bar, self.watch = spec, store, summary, bar, watch
         self.given = tuple(ray.put(value) for value in (produce, spec, fingerprint, dict(wanted)))
+        # One name for all: Ray keeps counters by name, 5 KB for each, for as long as the driver lives.
+        self.options = {
+            "num_cpus": spec.workers.num_cpus, "num_gpus": spec.workers.num_gpus, "memory": spec.task_memory_bytes,
+            "name": "make object",
+        }  # fmt: skip
+        self.make = _make.options(**self.options)
         self.open: dict[str, _OpenShard] = {}  # by plan id, first come first
         self.making: dict[Any, _Task] = {}  # by status reference
         self.assembling: dict[Any, tuple[_OpenShard, float]] = {}  # by reference; when it was sent
@@ -361,13 +369,14 @@ class _Driver:
         self.nodes: set[str] = set()
         self.window, self.store_bytes, self.held_bytes, self.looked = 2, 0.0, 0, -NODES_EVERY_S
 
-    def run(self, todo: Sequence[ShardPlan]) -> None:
+    def run(self, todo: Todo) -> None:
         """Make every shard of `todo`, in its order."""
         upcoming = list(reversed(todo))
         while upcoming or self.open:
             self._look_at_nodes()
             while upcoming and len(self.open) < self._most_open():
-                plan = upcoming.pop()
+                frozen, index = upcoming.pop()
+                plan = frozen.shards[index]
                 self.open[plan.plan_id] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
             queues = {"making": len(self.making), "assembling": len(self.assembling), "to_come": len(upcoming)}
             if self.watch.tick(self.open.values(), **queues):
@@ -470,11 +479,7 @@ class _Driver:
                 self._assemble(shard)
 
     def _send(self, shard: _OpenShard, asset: Asset, **more: Any) -> None:
-        workers = self.spec.workers
-        task = _make.options(
-            num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, memory=self.spec.task_memory_bytes,
-            name=f"make {asset.uid}"[:100], **more,
-        )  # fmt: skip
+        task = _make.options(**self.options, **more) if more else self.make
         status, result = task.remote(*self.given, asset)
         self.making[status] = _Task(shard, asset, result, time.monotonic())
 
@@ -483,7 +488,7 @@ class _Driver:
             return
         uids = [asset.uid for asset in shard.plan.assets]
         references = [shard.results[uid].reference for uid in uids]
-        task = _assemble.options(num_cpus=0, name=f"assemble shard {shard.plan.index}")
+        task = _assemble.options(num_cpus=0, name="assemble shard")
         shard.assembly = task.remote(self.store, shard.plan, uids, *references)
         self.assembling[shard.assembly] = (shard, time.monotonic())
 

@@ -300,6 +300,7 @@ def ray_session(spec: DatasetSpec) -> Iterator[bool]:
         options |= own_share(os.environ)
         if port := os.environ.get("LRM_METRICS_PORT"):
             options["_metrics_export_port"] = int(port)
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # told to a dashboard, and here is none
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)

@@ -53,6 +53,7 @@ SelectTypeParameters=CR_Core
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 KillWait=5
 OverTimeLimit=0
 MinJobAge=600

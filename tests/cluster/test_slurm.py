@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.spec import load_spec
@@ -62,15 +64,23 @@ class Trial:
         """Wait until so many shards are committed."""
         wait_for(lambda: self.receipts() >= number, 120, f"{number} receipts; {self.said()[-2000:]}")
 
+    def kill(self) -> None:
+        """End scripts, drivers and all that they started by SIGKILL, without any warning."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                ours = process.environ().get("CORPUS") == str(self.corpus)
+                if ours and not process.name().startswith("slurmstepd"):
+                    process.kill()
+
     def said(self) -> str:
         """Return what the jobs wrote."""
         return "".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
 
-    def check(self) -> dict[str, Any]:
-        """Publish, and hold the version to the undisturbed one; returns what was found."""
+    def check(self, *settings: str) -> dict[str, Any]:
+        """Publish, and hold the version to the undisturbed one of these settings; returns what was found."""
         found = observer.finish(str(self.corpus))
         whole(found, self.objects)
-        assert found["digest"] == observer.undisturbed(str(self.folder / "undisturbed"), load_spec(self.spec))
+        assert found["digest"] == observer.undisturbed(str(self.folder / "undisturbed"), load_spec(self.spec, settings))
         assert len(list(open_store(str(self.corpus)).list("shards/"))) == len(found["rows"]) // 4, "no shard twice"
         return found
 
@@ -84,7 +94,7 @@ def restarts(queue: Slurm, job: str) -> int:
 def test_an_array_shares_out_the_shards_by_index_and_a_requeued_task_goes_on(queue: Slurm, tmp_path: Path) -> None:
     trial = Trial(queue, tmp_path, made_s=0.5)
     job = trial.submit("--array=0-3")
-    trial.wait_for_receipts(2)
+    trial.wait_for_receipts(1)
     running = [index for index, state in queue.states(job).items() if state == "RUNNING"]
     assert running, "requeued in the middle"
     queue.run("scontrol", "requeue", f"{job}_{running[0]}")
@@ -96,7 +106,7 @@ def test_an_array_shares_out_the_shards_by_index_and_a_requeued_task_goes_on(que
 
 
 def test_a_task_that_reaches_its_time_limit_is_queued_again_until_all_is_done(queue: Slurm, tmp_path: Path) -> None:
-    trial = Trial(queue, tmp_path, made_s=1.8)
+    trial = Trial(queue, tmp_path, objects=24, made_s=1.3)
     job = trial.submit("--array=0", "--time=1", "--signal=B:TERM@30")
     assert set(queue.wait(job).values()) == {"COMPLETED"}, trial.said()
     assert restarts(queue, job) >= 1, trial.said()
@@ -105,19 +115,20 @@ def test_a_task_that_reaches_its_time_limit_is_queued_again_until_all_is_done(qu
 
 
 def test_a_preempted_task_is_queued_again_and_one_that_was_killed_is_run_again(queue: Slurm, tmp_path: Path) -> None:
-    trial = Trial(queue, tmp_path, made_s=0.5)
+    trial = Trial(queue, tmp_path, made_s=1.0)
     job = trial.submit("--array=0-1", "--partition=low")
     trial.wait_for_receipts(1)
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     high = queue.submit(urgent, "--partition=high", "--exclusive", f"--output={tmp_path}/urgent.out")
     assert set(queue.wait(high).values()) == {"COMPLETED"}
-    wait_for(lambda: "RUNNING" in queue.states(job).values(), 60, "the preempted task runs again")
+    assert "it is queued again" in trial.said()
+    wait_for(lambda: "RUNNING" in queue.states(job).values(), 60, f"a new start of {queue.states(job)}")
     before = trial.receipts()
     trial.wait_for_receipts(before + 1)
-    queue.run("scancel", "--signal=KILL", "--full", job)  # no warning at all: script, driver and workers
+    trial.kill()
     states = set(queue.wait(job).values())
-    assert states & {"FAILED", "CANCELLED"}, states
+    assert "FAILED" in states, states
     assert trial.receipts() < OBJECTS // 4, "killed in the middle"
     again = trial.submit("--array=0-1")
     assert set(queue.wait(again).values()) == {"COMPLETED"}, trial.said()
@@ -132,7 +143,7 @@ def test_a_ray_cluster_inside_an_allocation(queue: Slurm, tmp_path: Path) -> Non
         NODE_MEMORY_BYTES="1000000000", STORE_BYTES="150000000",
     )  # fmt: skip
     assert set(queue.wait(job).values()) == {"COMPLETED"}, trial.said()
-    trial.check()
+    trial.check("workers.node_wait_s=300")
     time.sleep(1)
     left = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and _holds(entry, f"127.0.0.1:{port}")]
     assert not left, "nothing of the cluster outlives its job"
