@@ -59,7 +59,7 @@ def textured_glb(path: Path, image: dict[str, Any], data: bytes = b"") -> Path:
     return glb.write(path)
 
 
-def _image_uri(uri: Callable[[Path, int], str]) -> Build:
+def image_uri(uri: Callable[[Path, int], str]) -> Build:
     return lambda home, cage, port: textured_glb(home / "a.glb", {"uri": uri(cage, port)})
 
 
@@ -96,7 +96,7 @@ def _obj(library: Callable[[Path], str], text: Callable[[Path], str] | None = No
     return build
 
 
-def _usd(head: Callable[[Path, int], str], material: bool = False) -> Build:
+def usd(head: Callable[[Path, int], str], material: bool = False) -> Build:
     """A cube with a layer, a reference or a payload from elsewhere."""
 
     def build(home: Path, cage: Path, port: int) -> Path:
@@ -229,7 +229,7 @@ _URIS: dict[str, Callable[[Path, int], str]] = {
 
 ATTACKS: dict[str, Attack] = {
     **{
-        f"glTF image, {name}": _attack(_image_uri(uri), "corrupt_file", "missing_texture", "import_error")
+        f"glTF image, {name}": _attack(image_uri(uri), "corrupt_file", "missing_texture", "import_error")
         for name, uri in _URIS.items()
     },
     "glTF buffer, absolute": _attack(_buffer_uri(lambda cage: f"{cage}/secret.bin"), "corrupt_file", "import_error"),
@@ -248,16 +248,16 @@ ATTACKS: dict[str, Attack] = {
         _obj(lambda cage: "b.mtl", lambda cage: "map_Kd /dev/zero"), "corrupt_file", "missing_texture"
     ),
     "USD reference, climbing": _attack(
-        _usd(lambda cage, port: "references = @../cage/secret.usda@</Secret>"), "corrupt_file", None
+        usd(lambda cage, port: "references = @../cage/secret.usda@</Secret>"), "corrupt_file", None
     ),
     "USD payload, absolute": _attack(
-        _usd(lambda cage, port: f"payload = @{cage}/secret.usda@</Secret>"), "corrupt_file", None
+        usd(lambda cage, port: f"payload = @{cage}/secret.usda@</Secret>"), "corrupt_file", None
     ),
     "USD layer, absolute": _attack(
-        _usd(lambda cage, port: f"subLayers = [ @{cage}/secret.usda@ ]"), "corrupt_file", None
+        usd(lambda cage, port: f"subLayers = [ @{cage}/secret.usda@ ]"), "corrupt_file", None
     ),
     "USD reference, http": _attack(
-        _usd(lambda cage, port: f"references = @http://127.0.0.1:{port}/x.usda@</Secret>"), "missing_resource", None
+        usd(lambda cage, port: f"references = @http://127.0.0.1:{port}/x.usda@</Secret>"), "missing_resource", None
     ),
     "USDZ that climbs": _attack(_usdz_outside, "corrupt_file", None),
     "USDZ bomb": _attack(_zip_bomb, "corrupt_file", "empty_scene", "import_error"),
