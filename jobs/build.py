@@ -32,7 +32,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.produce import Producer, check_device, producer_of, render_asset
+from jobs.produce import Producer, check_device, ingest_capture, producer_of, render_asset
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import READ_THREADS, receipt_sizes
@@ -208,8 +208,8 @@ def _check_workers(spec: DatasetSpec) -> None:
 
 
 def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
-    """Start one Blender where a GPU is asked for: Ray may believe in one that Blender does not see."""
-    if spec.workers.device == "cpu" or produce is not render_asset:
+    """Try the border, and Blender where a GPU is asked for: Ray may believe in one that Blender does not see."""
+    if produce not in (render_asset, ingest_capture):
         return
     workers = spec.workers
     task = _try_device.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name="look for the device")

@@ -24,6 +24,7 @@ from pipeline.sources import AssetSource, CaptureSource, open_captures, open_sou
 from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec, digest_json
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
+from render.trial import BorderTrial
 from render.worker import RenderWorker
 
 Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
@@ -93,13 +94,17 @@ def _try(
 
 
 def check_device(spec: DatasetSpec, fingerprint: str) -> None:
-    """Start this process's Blender, so that a device that is not there is known before anything is frozen.
+    """Try the border, and start this process's Blender for a GPU: what is not there is known before a plan is frozen.
 
     Raises:
         UserError: what the user must mend, such as a GPU that is not there.
     """
     try:
-        _worker(RenderWorker, spec, fingerprint).start()
+        if spec.workers.device != "cpu":
+            _worker(RenderWorker, spec, fingerprint).start()
+        else:
+            with BorderTrial(spec) as trial:
+                trial.check()
     except UserError as error:
         raise UserError(f"{error} (on {socket.gethostname()})") from None
     except AssetError:
