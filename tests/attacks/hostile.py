@@ -194,14 +194,18 @@ def _stl_count(home: Path, cage: Path, port: int) -> Path:
     return path
 
 
-def _names(home: Path, cage: Path, port: int) -> Path:
+def _surrogate_name(home: Path, cage: Path, port: int) -> Path:
+    return _names(home, cage, port, node="\ud800 is half a character")
+
+
+def _names(home: Path, cage: Path, port: int, node: str = "") -> Path:
     """A cube of honest shape whose every name is made to break a line, a terminal, JSON or UTF-8."""
     name = 'line\nbreak \x1b[31m\u202e"}{\\ud800' + "\N{PILE OF POO}" * 50
     path = one_mesh_glb(home / "a.glb", name=name)
     content = path.read_bytes()
     text = content[20 : 20 + int.from_bytes(content[12:16], "little")]
     document = json.loads(text)
-    document["nodes"][0]["name"] = "\ud800 lone" + name
+    document["nodes"][0]["name"] = node + name
     document["meshes"][0]["name"] = name * 100
     document["asset"]["copyright"] = name
     document["materials"] = [{"name": name}]
@@ -272,5 +276,6 @@ ATTACKS: dict[str, Attack] = {
     # Blender 4.5 ends by SIGABRT on it.
     "PLY of 2^31 vertices": _attack(_ply_count, "truncated", "render_crash", "import_error", "empty_scene"),
     "STL of 2^32 triangles": _attack(_stl_count, "truncated", "import_error", "empty_scene", "out_of_memory"),
-    "names that break lines": _attack(_names, None, None, "import_error"),
+    "names that break lines": _attack(_names, None, None),
+    "a name that is no text": _attack(_surrogate_name, None, "import_error", None),
 }
