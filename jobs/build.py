@@ -29,7 +29,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -248,7 +248,7 @@ def run(
     return summary
 
 
-def _watch(spec: DatasetSpec, store: Store, todo: Sequence[ShardPlan], summary: Summary) -> Watch:
+def _watch(spec: DatasetSpec, store: Store, todo: Sized, summary: Summary) -> Watch:
     done = summary.samples + sum(summary.failures.values())
     nodes = sorted({str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]})
     plan_sets = [name for name in summary.plan_set.split(", ") if name]
@@ -264,8 +264,8 @@ def _check_workers(spec: DatasetSpec) -> None:
 
 
 def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
-    """Start one Blender where a GPU is asked for, which Ray may see and Blender not; run a hook for masks once."""
-    if not needs_trial(spec, produce):
+    """Try the border, Blender where a GPU is asked for, which Ray may see and Blender not, and a hook for masks."""
+    if not needs_trial(produce):
         return
     workers = spec.workers
     task = _try_device.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name="look for the device")

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -122,7 +122,7 @@ class Watch:
         self,
         spec: DatasetSpec,
         store: Store,
-        todo: Sequence[ShardPlan],
+        todo: Sized,
         *,
         planned: int,
         done: int,

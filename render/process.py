@@ -2,8 +2,9 @@
 
 The child leads a session of its own, so that a signal reaches all that it started; what left the session is found by
 parentage. Everything it prints runs through one pipe into a ring of bounded size, drained by a thread, so that a
-gigabyte of stderr neither blocks the child nor fills memory. `render.child` asks the kernel to be killed when the
-*thread* that started it ends; the child is therefore started by a thread that lives as long as it may.
+gigabyte of stderr neither blocks the child nor fills memory. `render.border` asks the kernel to be killed when the
+*thread* that started it ends; the child is therefore started by a thread that lives as long as it may. Behind the
+border the child is the third process of three, and its death, or ours, ends all that it started.
 """
 
 from __future__ import annotations

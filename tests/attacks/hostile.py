@@ -59,7 +59,7 @@ def textured_glb(path: Path, image: dict[str, Any], data: bytes = b"") -> Path:
     return glb.write(path)
 
 
-def _image_uri(uri: Callable[[Path, int], str]) -> Build:
+def image_uri(uri: Callable[[Path, int], str]) -> Build:
     return lambda home, cage, port: textured_glb(home / "a.glb", {"uri": uri(cage, port)})
 
 
@@ -96,7 +96,7 @@ def _obj(library: Callable[[Path], str], text: Callable[[Path], str] | None = No
     return build
 
 
-def _usd(head: Callable[[Path, int], str], material: bool = False) -> Build:
+def usd(head: Callable[[Path, int], str], material: bool = False) -> Build:
     """A cube with a layer, a reference or a payload from elsewhere."""
 
     def build(home: Path, cage: Path, port: int) -> Path:
@@ -194,14 +194,18 @@ def _stl_count(home: Path, cage: Path, port: int) -> Path:
     return path
 
 
-def _names(home: Path, cage: Path, port: int) -> Path:
+def _surrogate_name(home: Path, cage: Path, port: int) -> Path:
+    return _names(home, cage, port, node="\ud800 is half a character")
+
+
+def _names(home: Path, cage: Path, port: int, node: str = "") -> Path:
     """A cube of honest shape whose every name is made to break a line, a terminal, JSON or UTF-8."""
     name = 'line\nbreak \x1b[31m\u202e"}{\\ud800' + "\N{PILE OF POO}" * 50
     path = one_mesh_glb(home / "a.glb", name=name)
     content = path.read_bytes()
     text = content[20 : 20 + int.from_bytes(content[12:16], "little")]
     document = json.loads(text)
-    document["nodes"][0]["name"] = "\ud800 lone" + name
+    document["nodes"][0]["name"] = node + name
     document["meshes"][0]["name"] = name * 100
     document["asset"]["copyright"] = name
     document["materials"] = [{"name": name}]
@@ -229,7 +233,7 @@ _URIS: dict[str, Callable[[Path, int], str]] = {
 
 ATTACKS: dict[str, Attack] = {
     **{
-        f"glTF image, {name}": _attack(_image_uri(uri), "corrupt_file", "missing_texture", "import_error")
+        f"glTF image, {name}": _attack(image_uri(uri), "corrupt_file", "missing_texture", "import_error")
         for name, uri in _URIS.items()
     },
     "glTF buffer, absolute": _attack(_buffer_uri(lambda cage: f"{cage}/secret.bin"), "corrupt_file", "import_error"),
@@ -248,16 +252,16 @@ ATTACKS: dict[str, Attack] = {
         _obj(lambda cage: "b.mtl", lambda cage: "map_Kd /dev/zero"), "corrupt_file", "missing_texture"
     ),
     "USD reference, climbing": _attack(
-        _usd(lambda cage, port: "references = @../cage/secret.usda@</Secret>"), "corrupt_file", None
+        usd(lambda cage, port: "references = @../cage/secret.usda@</Secret>"), "corrupt_file", None
     ),
     "USD payload, absolute": _attack(
-        _usd(lambda cage, port: f"payload = @{cage}/secret.usda@</Secret>"), "corrupt_file", None
+        usd(lambda cage, port: f"payload = @{cage}/secret.usda@</Secret>"), "corrupt_file", None
     ),
     "USD layer, absolute": _attack(
-        _usd(lambda cage, port: f"subLayers = [ @{cage}/secret.usda@ ]"), "corrupt_file", None
+        usd(lambda cage, port: f"subLayers = [ @{cage}/secret.usda@ ]"), "corrupt_file", None
     ),
     "USD reference, http": _attack(
-        _usd(lambda cage, port: f"references = @http://127.0.0.1:{port}/x.usda@</Secret>"), "missing_resource", None
+        usd(lambda cage, port: f"references = @http://127.0.0.1:{port}/x.usda@</Secret>"), "missing_resource", None
     ),
     "USDZ that climbs": _attack(_usdz_outside, "corrupt_file", None),
     "USDZ bomb": _attack(_zip_bomb, "corrupt_file", "empty_scene", "import_error"),
@@ -272,5 +276,6 @@ ATTACKS: dict[str, Attack] = {
     # Blender 4.5 ends by SIGABRT on it.
     "PLY of 2^31 vertices": _attack(_ply_count, "truncated", "render_crash", "import_error", "empty_scene"),
     "STL of 2^32 triangles": _attack(_stl_count, "truncated", "import_error", "empty_scene", "out_of_memory"),
-    "names that break lines": _attack(_names, None, None, "import_error"),
+    "names that break lines": _attack(_names, None, None),
+    "a name that is no text": _attack(_surrogate_name, None, "import_error", None),
 }

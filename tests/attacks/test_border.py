@@ -23,9 +23,11 @@ from typing import Any
 
 import pytest
 
+from jobs import produce
 from pipeline.types import UserError
 from render import confine, landlock
 from render.process import child_command, family
+from render.trial import BorderTrial
 from render.worker import RenderWorker
 from tests.attacks.ask import ROOT, Probe
 from tests.render.conftest import make_spec
@@ -276,6 +278,16 @@ def test_the_worker_says_so_before_anything_is_rendered(tmp_path: Path, monkeypa
     ):
         worker.start()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_border_is_tried_before_a_plan_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with BorderTrial(make_spec()) as trial:
+        assert trial.check() == "strict: limits,user,net,ipc,pid,caps,landlock,seccomp"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("render.trial.child_command", lambda module: [*WRAPPER, *child_command(module)])
+    with pytest.raises(UserError, match="network namespaces"):
+        produce.check_device(make_spec(), "f")
+    produce.check_device(make_spec(workers={"sandbox": "basic"}), "f")
 
 
 def test_each_layer_that_lacks_is_named() -> None:

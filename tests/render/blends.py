@@ -241,8 +241,9 @@ def _intruder_fbx(bpy: Any) -> None:
     bpy.ops.export_scene.fbx(filepath=sys.argv[2], path_mode="ABSOLUTE", object_types={"MESH"})
 
 
-def _named_usd(_bpy: Any) -> None:
+def _named_usd(bpy: Any) -> None:
     """A binary USD layer that names the file argv[3], among enough other words to be worth compressing."""
+    bpy.utils.expose_bundled_modules()
     from pxr import Sdf, Usd
 
     stage = Usd.Stage.CreateNew(sys.argv[2])

@@ -127,7 +127,7 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     wire.send(out, SCENE)
     sides()
     for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
-        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**400}}
+        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**17}}
         more = {"facts": odd[mode]} if mode in odd else {}
         view(i, size, 0.0 if mode == "blank" else 0.5, **more)
     wire.send(out, {"type": "done", "seconds": {"import": 0.1}})
