@@ -103,6 +103,18 @@ def test_a_rank_that_dies_ends_the_others(ball_corpus: str, tmp_path: Path, zygo
     assert found.run["step"] >= 3
 
 
+def test_sigterm_at_one_rank_saves_on_all(ball_corpus: str, tmp_path: Path, zygote: Zygote) -> None:
+    out = tmp_path / "run"
+    ranks = zygote.start(command(ball_corpus, out, "train.steps=100000"), tmp_path / "log", 2)
+    deadline_s = time.monotonic() + 120
+    while last_step(out) < 4:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    os.kill(ranks[1], signal.SIGTERM)
+    assert zygote.wait(ranks, timeout_s=60) == [3, 3]
+    assert checkpoint_paths(out)[0].name == f"step-{last_step(out):08d}"
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_save_what_one_would_and_each_writes_its_share(
     ball_corpus: str, tmp_path: Path, zygote: Zygote, parallel: str
