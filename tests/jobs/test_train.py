@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -120,3 +121,15 @@ def test_a_dry_run_says_what_a_run_is_and_starts_nothing(corpus: str, tmp_path: 
     nowhere = CliRunner().invoke(app, ["train", "--corpus", str(tmp_path / "none"), "--out", str(out), "--dry-run"])
     assert nowhere.exit_code == 0
     assert "version     not counted: " in nowhere.output
+
+
+def test_the_verbs_train_and_export(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = [part for item in (*NANO, "train.steps=2") for part in ("--set", item)]
+    done = CliRunner().invoke(app, ["train", "--corpus", corpus, "--out", str(tmp_path / "run"), "--json", *settings])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout.splitlines()[-1])["steps_now"] == 2
+    weights = tmp_path / "weights.safetensors"
+    told = CliRunner().invoke(app, ["export", "--checkpoint", str(tmp_path / "run"), "--out", str(weights)])
+    assert told.exit_code == 0
+    assert load_model(weights)[2]["step"] == 2

@@ -22,7 +22,10 @@ from tests.lrm.conftest import NANO, nano_config
 from tests.lrm.zygote import Zygote
 
 STEPS = 30
-COMMON = (f"train.steps={STEPS}", "train.batch_size=4", "train.checkpoint_every_steps=3", "train.ema_decay=0.9")
+COMMON = (
+    f"train.steps={STEPS}", "train.batch_size=4", "train.ema_decay=0.9", "train.checkpoint_every_steps=3",
+    "train.log_every_steps=2",  # so that a checkpoint holds a loss that is not logged yet
+)  # fmt: skip
 SAME_FOR_ANY_RANKS = "model.volume.jitter=false"  # rays are jittered by rank
 
 
@@ -39,7 +42,7 @@ def command(corpus: str, out: Path, *overrides: str) -> list[str]:
 
 def losses(out: Path) -> list[float]:
     lines = read_metrics(out / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))  # none twice, none missing
+    assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))  # none twice, none missing
     return [line["loss"] for line in lines]
 
 
@@ -103,11 +106,25 @@ def test_a_rank_that_dies_ends_the_others(ball_corpus: str, tmp_path: Path, zygo
     assert found.run["step"] >= 3
 
 
+def test_sigterm_at_one_rank_saves_on_all(ball_corpus: str, tmp_path: Path, zygote: Zygote) -> None:
+    out = tmp_path / "run"
+    ranks = zygote.start(command(ball_corpus, out, "train.steps=100000"), tmp_path / "log", 2)
+    deadline_s = time.monotonic() + 120
+    while last_step(out) < 4:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    os.kill(ranks[1], signal.SIGTERM)
+    assert zygote.wait(ranks, timeout_s=60) == [3, 3]
+    found = newest_checkpoint(out)
+    assert found is not None
+    assert found.run["step"] - last_step(out) in (0, 1)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_save_what_one_would_and_each_writes_its_share(
     ball_corpus: str, tmp_path: Path, zygote: Zygote, parallel: str
 ) -> None:
-    settings = (SAME_FOR_ANY_RANKS, f"train.parallel={parallel}", "train.heldout_every_steps=15")
+    settings = (SAME_FOR_ANY_RANKS, f"train.parallel={parallel}", "train.heldout_every_steps=10")
     ranks = zygote.start(command(ball_corpus, tmp_path / "two", *settings), tmp_path / "log", 2)
     train(nano_config(*COMMON, *settings), ball_corpus, None, tmp_path / "one")
     assert set(zygote.wait(ranks)) == {0}
@@ -116,7 +133,7 @@ def test_two_ranks_save_what_one_would_and_each_writes_its_share(
         [line["psnr_train"] for line in read_metrics(tmp_path / out / "metrics.jsonl") if "psnr_train" in line]
         for out in ("one", "two")
     ]
-    assert len(looked[0]) == 2
+    assert len(looked[0]) == 3
     assert looked[1] == pytest.approx(looked[0], abs=0.02)
     one, two = (checkpoint_paths(tmp_path / out)[0] for out in ("one", "two"))
     sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (one, two)]
