@@ -142,7 +142,7 @@ evaluate: $(VENV)/.ready ## measure a checkpoint on the objects held out [CHECKP
 	@$(CLI) evaluate --checkpoint '$(CHECKPOINT)' --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/evaluation' $(flags_set) $(flags_json)
 
 infer: $(VENV)/.ready ## a picture, or a folder of them, to mesh, film, views [IMAGE= CHECKPOINT=out/train OUT=out SET="resolution=384" JSON=1]
-	@$(CLI) infer --image '$(IMAGE)' --checkpoint '$(CHECKPOINT)' --out '$(OUT)/infer' $(flags_set) $(flags_json)
+	@$(if $(IMAGE),,echo 'error: IMAGE= is empty; name a picture or a folder of pictures' >&2; exit 2;) $(CLI) infer --image '$(IMAGE)' --checkpoint '$(CHECKPOINT)' --out '$(OUT)/infer' $(flags_set) $(flags_json)
 
 bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers on this machine [ARGS="--preset small"]
 	@$(BIN)/python -m tests.bench.train $(ARGS)

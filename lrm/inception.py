@@ -5,8 +5,9 @@ FID compares features of one network: TensorFlow's Inception of 2015-12-05. Its 
 file builds the same network from a table, under the names that the weights have, on torch alone.
 
 It differs from torchvision's Inception where TensorFlow's graph does: average pooling leaves the padding out of its
-mean, and the last block pools by maximum. Held against the public implementation once, with random weights: see
-`tests/lrm/test_inception.py` for what is held without it.
+mean, and the last block pools by maximum. With random weights and pictures it gave the features of pytorch-fid 0.3.0 to
+the last bit; `tests/lrm/test_inception.py` holds what can be held without that package. torch-fidelity scales pictures
+by 128 instead of 127.5 and resizes as TensorFlow 1 did, so that its features differ a little.
 
 21.8 M parameters.
 """

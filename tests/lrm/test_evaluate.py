@@ -131,6 +131,7 @@ def test_the_whole_verb(corpus: str, trained: Path, tmp_path: Path) -> None:
     assert set(record["left_out"]) == {"lpips", "clip", "fid"}
     assert "run make weights" in record["left_out"]["lpips"]
     assert "left out: fid" in told.stderr
+    assert "trained on another version" not in told.stderr
     table = pq.read_table(tmp_path / "a" / "objects.parquet")
     rows = table.to_pylist()
     assert len(rows) == record["num_objects"] == len(choose_rows(VersionReader.open(corpus), eval_config()))
@@ -235,11 +236,14 @@ def test_weights_that_are_there_are_used(
     (tmp_path / evaluation.WEIGHTS_NAME).write_bytes(b"checked by test_inception")
     pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     monkeypatch.setattr(evaluation, "load_inception", lambda _: pooled)
+    loaded = evaluation.load_model(trained)._replace(version_digest="0" * 64)
+    monkeypatch.setattr(evaluation, "load_model", lambda _: loaded)
     monkeypatch.setenv(image_metrics.ENVIRONMENT, str(tmp_path))
     settings = [*LITTLE, "meshes=false", "max_objects=3"]
     result = evaluate(trained, corpus, None, tmp_path / "out", eval_config(settings))
     assert set(result.left_out) == {"lpips", "chamfer", "f_score"}
     assert result.left_out["chamfer"] == "meshes=false"
+    assert "trained on another version" in result.as_text()
     assert -1 <= float(result.means["clip"] or -2) < 1
     # FID by hand of the same features: all novel views, a true one as often as it was predicted.
     evaluator = Evaluator(trained, VersionReader.open(corpus), eval_config(settings))

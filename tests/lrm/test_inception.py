@@ -1,6 +1,6 @@
 """FID's network: its shape by what is known of it, its pooling by hand, and only its published weights.
 
-Its values were compared once with torch-fidelity's network on random weights; see the docstring of `lrm.inception`.
+Its values were compared with pytorch-fid's network on random weights; see the docstring of `lrm.inception`.
 """
 
 from __future__ import annotations
