@@ -121,7 +121,7 @@ report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=
 train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
 	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
 
-learn: $(VENV)/.ready ## does it learn? tiny on 320 procedural objects, judged on unseen ones [OUT=out SET="train.steps=1000"]
+learn: $(VENV)/.ready ## does it learn? procedural objects rendered, tiny trained, judged on unseen objects [OUT=out SET="train.steps=1000"]
 	@$(CLI) learn --out '$(OUT)/learn' $(flags_set) --json
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
