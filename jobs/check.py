@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from jobs.produce import producer_of
 from pipeline.capture_checks import ACCEPTED, Check, write_checks
 from pipeline.sources import CaptureSource, open_captures
 from pipeline.spec import DatasetSpec
-from pipeline.types import Asset, AssetError, Sample
+from pipeline.types import Asset, AssetError, Sample, UserError
 
 VIEWS, RESOLUTION_PX = 4, 128
 PICTURE_PX = 256
@@ -47,8 +48,9 @@ def check_captures(
         num_workers: children at work at once.
 
     Raises:
-        UserError: the spec has no captures, or its source is not there.
+        UserError: the spec has no captures, its source is not there, or the page cannot be written.
     """
+    _require_writable(out_dir)
     source = open_captures(spec)
     assets = source.list_assets()
     small = spec.capture.model_copy(update={"num_views": VIEWS, "resolution_px": RESOLUTION_PX})
@@ -69,6 +71,16 @@ def check_captures(
             checks.append(check)
             pictures += [] if picture is None else [picture]
     return checks, write_checks(checks, pictures, out_dir, f"{spec.name}: {len(assets)} captures of {spec.source.kind}")
+
+
+def _require_writable(out_dir: Path) -> None:
+    """Refuse a folder that cannot be written before an archive is read for hours."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(f"OUT: {out_dir} cannot be written: {error.strerror}; give another folder") from None
 
 
 def _check(
@@ -111,6 +123,8 @@ def _workers(spec: DatasetSpec, count: int) -> Iterator[queue.SimpleQueue[Ingest
     idle: queue.SimpleQueue[IngestWorker] = queue.SimpleQueue()
     made = [IngestWorker(spec, fingerprint=fingerprint, num_threads=1) for _ in range(count)]
     try:
+        if spec.capture.mask_command is not None and (said := made[0].check_hook()):
+            tqdm.write(f"on a test picture, {said}", file=sys.stderr)
         for worker in made:
             idle.put(worker)
         yield idle

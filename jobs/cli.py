@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs import verbs_lrm
+from jobs import logs, verbs_lrm, verbs_watch
 from jobs.options import Corpus, Deep, Json, Overrides, SpecPath, VersionText
 from pipeline.shard import DamagedDataError
 from pipeline.store import StoreError
@@ -402,16 +401,8 @@ def gc(
         typer.echo(json.dumps(found.as_json()))
 
 
-@command
-def status(corpus: Corpus, as_json: Json = False) -> None:
-    """Tell where a corpus stands, from its receipts alone."""
-    from jobs.status import corpus_status, status_text
-    from pipeline.store import open_store
-
-    found = corpus_status(open_store(corpus, must_exist=True))
-    typer.echo(status_text(found), err=as_json)
-    if as_json:
-        typer.echo(json.dumps(found))
+for verb in verbs_watch.VERBS:
+    command(verb)
 
 
 @command
@@ -446,12 +437,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     # Idle OpenMP threads that spin take the cores from Blender and from the loader: 6 s a step instead of 0.25 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("pipeline", "render", "lrm", "jobs"):  # ours only: libraries keep their own counsel
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
     try:
+        logs.setup()
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

@@ -24,6 +24,7 @@ from pipeline.sources import AssetSource, CaptureSource, open_captures, open_sou
 from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec, digest_json
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
+from render.confine import full_disk
 from render.worker import RenderWorker
 
 Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
@@ -78,6 +79,8 @@ def _try(
         except AssetError as error:
             failure = Failure.from_error(asset.uid, error, attempts=attempt)
         except Exception as error:  # noqa: BLE001 - a bug of ours must cost one object, with its trace, not the shard
+            if (full := full_disk(error)) is not None:
+                raise UserError(f"{full} (on {socket.gethostname()})") from None
             failure = Failure(
                 uid=asset.uid,
                 kind=FailureKind.INTERNAL,
@@ -89,21 +92,34 @@ def _try(
             return replace(sample, provenance=dict(sample.provenance) | _where(begun) | {"attempts": attempt})
         if not failure.retryable:
             break
-    return replace(failure, provenance=_where(begun))
+    return replace(failure, provenance=_where(begun) | _behind())
 
 
-def check_device(spec: DatasetSpec, fingerprint: str) -> None:
-    """Start this process's Blender, so that a device that is not there is known before anything is frozen.
+def needs_trial(spec: DatasetSpec, produce: Producer) -> bool:
+    """Whether the spec asks for a GPU, or for a hook, that may not be there."""
+    if produce is ingest_capture:
+        return spec.capture.mask_command is not None
+    return produce is render_asset and spec.workers.device != "cpu"
+
+
+def check_device(spec: DatasetSpec, fingerprint: str) -> str:
+    """Start this process's Blender, or run the hook for masks, so that one that is not there is known beforehand.
+
+    Returns:
+        What the hook said, if it failed on a test picture; that need not mean that it fails on photos.
 
     Raises:
         UserError: what the user must mend, such as a GPU that is not there.
     """
     try:
+        if spec.is_captured:
+            return _worker(IngestWorker, spec, fingerprint).check_hook()
         _worker(RenderWorker, spec, fingerprint).start()
     except UserError as error:
         raise UserError(f"{error} (on {socket.gethostname()})") from None
     except AssetError:
         pass  # no word about the device: objects will fail with a kind, or not
+    return ""
 
 
 def _ingest(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
@@ -162,6 +178,12 @@ def close_worker() -> None:
 
 def _where(begun: float) -> dict[str, object]:
     return {"worker": socket.gethostname(), "finished_at": _now(), "elapsed_s": round(time.monotonic() - begun, 3)}
+
+
+def _behind() -> dict[str, object]:
+    """Return what confined the child of this process, for rows of failures; nothing where none was started."""
+    used = [worker.sandbox for worker in _workers.values() if worker.sandbox]
+    return {"sandbox": used[0]} if used else {}
 
 
 def _now() -> str:

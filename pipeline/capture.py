@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import cv2
 
-CAPTURE_REVISION = 1
+CAPTURE_REVISION = 2
 """Raise it when code changes what a capture's pixels, cameras or figures become."""
 
 
@@ -22,7 +22,8 @@ def producer() -> str:
         colmap = version("pycolmap")
     except PackageNotFoundError:
         colmap = "none"
-    return f"captures revision {CAPTURE_REVISION}, OpenCV {cv2.__version__}, pycolmap {colmap}"
+    jpeg = version("simplejpeg")
+    return f"captures revision {CAPTURE_REVISION}, OpenCV {cv2.__version__}, pycolmap {colmap}, simplejpeg {jpeg}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

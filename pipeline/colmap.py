@@ -37,6 +37,7 @@ MAX_CAMERAS_BYTES = 2**24
 MAX_TEXT_BYTES = 2**26
 MAX_NAME_BYTES = 1024
 MAX_IMAGES = 100_000
+MAX_POINTS = 2_000_000
 MAX_SIZE_PX = 2**16
 
 _IMAGE = struct.Struct("<i7di")
@@ -261,6 +262,8 @@ def _walk_points(where: str, data: bytes, images: list[_Found]) -> tuple[Int64, 
     where = f"{where}: points3D.bin"
     head, item = _POINT3D.itemsize, _TRACK.itemsize
     count, offset, starts, ends = _count(where, data, head), 8, [], []
+    if count > MAX_POINTS:
+        corrupt(f"{where} announces {count} points; at most {MAX_POINTS} are allowed")
     for _ in range(count):
         if offset + head > len(data):
             corrupt(f"{where} ends at byte {len(data)}, within a point")

@@ -20,6 +20,8 @@ Fault = Literal[
 ]
 
 MAX_NAMED_DROPS = 40
+MAX_MODELS = 64
+"""COLMAP itself makes at most 50 of a set of photos, unless told otherwise."""
 
 OF_ONE_FRAME = frozenset(
     {
@@ -90,35 +92,39 @@ def choose_model(files: CaptureFiles) -> tuple[Model, dict[str, Any]]:
     """Return the readable sub-model that poses most of the frames that are there, and what was passed over.
 
     COLMAP numbers its models by when it began them: 0 is often not the largest. Poses of frames that are not there are
-    no use, so they count only where it is a tie; then the lower name wins.
+    no use, so they count only where it is a tie; then the lower name wins. One of them is held at a time, and the best.
 
     Raises:
-        AssetError: NO_MODEL, or that of the first sub-model where none can be read.
+        AssetError: NO_MODEL, or that of the first sub-model where none can be read; CORRUPT_MODEL for too many.
     """
     names = sorted((name for name, parts in files.models.items() if parts), key=_natural)
     if not names:
         raise AssetError(FailureKind.NO_MODEL, f"no COLMAP model beside its {len(files.frames)} frames")
-    models: list[Model] = []
-    errors: list[tuple[str, AssetError]] = []
+    if len(names) > MAX_MODELS:
+        message = f"{len(names)} models beside its frames; at most {MAX_MODELS} are allowed"
+        raise AssetError(FailureKind.CORRUPT_MODEL, message)
+    best: Model | None = None
+    most, sizes = (-1, -1), dict[str, int]()
+    errors: list[AssetError] = []
     for name in names:
         try:
-            models.append(read_model(name, files.models[name], files.read))
+            model = read_model(name, files.models[name], files.read)
         except AssetError as error:
             if error.kind not in OF_ONE_FRAME | {FailureKind.CORRUPT_MODEL, FailureKind.BAD_CAMERA}:
                 raise
-            errors.append((name, error))
-    if not models:
-        first = errors[0][1]
-        kind = first.kind if first.kind == FailureKind.BAD_CAMERA else FailureKind.CORRUPT_MODEL
-        raise AssetError(kind, first.message)
-    best = max(models, key=lambda model: (len(pair_names(files.frames, model)), len(model.images)))
+            errors.append(error)
+            sizes[name] = -1
+            continue
+        sizes[name] = len(model.images)
+        found = (len(pair_names(files.frames, model)), len(model.images))
+        if found > most:
+            best, most = model, found
+    if best is None:
+        kind = errors[0].kind if errors[0].kind == FailureKind.BAD_CAMERA else FailureKind.CORRUPT_MODEL
+        raise AssetError(kind, errors[0].message)
     if not best.images:
         raise AssetError(FailureKind.NO_MODEL, f"the model {best.name} has registered no frame")
-    return best, {
-        "model": best.name,
-        "model_images": len(best.images),
-        "models": {model.name: len(model.images) for model in models} | {name: -1 for name, _ in errors},
-    }
+    return best, {"model": best.name, "model_images": len(best.images), "models": sizes}
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:

@@ -24,6 +24,7 @@ import numpy as np
 import pycolmap
 from numpy.typing import NDArray
 
+from pipeline.photos import MAX_PIXELS
 from pipeline.types import AssetError, FailureKind, Float64
 
 UInt8 = NDArray[np.uint8]
@@ -82,6 +83,9 @@ class Lens:
         what = f"camera {name}, {self.camera.model_name} {[round(float(x), 4) for x in self.camera.params]}"
         if self.camera.is_spherical():
             raise AssetError(FailureKind.BAD_CAMERA, f"{what}: a panorama is no view of an object")
+        if self.width * self.height > MAX_PIXELS:
+            message = f"{what}: {self.width} x {self.height} px; at most {MAX_PIXELS} pixels are allowed"
+            raise AssetError(FailureKind.BAD_CAMERA, message)
         share = self.focal_px / max(self.width, self.height)
         if not MIN_FOCAL < share < MAX_FOCAL:
             message = f"{what}: focal length {share:.3g} of the longer side; {MIN_FOCAL} to {MAX_FOCAL} are allowed"

@@ -32,6 +32,8 @@ R = TypeVar("R")
 
 MAX_VOTERS = 60_000
 """Points of a model that are projected into every frame; a larger model is thinned."""
+MAX_FACTOR = 8
+"""A picture so many times larger or smaller than its camera is none of its: 240 px of 1920 would show nothing."""
 
 
 def each(spec: DatasetSpec, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -57,8 +59,8 @@ class Look:
         cutout: what is kept of the mask.
         points: index [K] of the points that this frame observed, and whether each lies in the mask.
         points_in: [K].
-        seen: of all points [P], whether its projection falls into the frame.
-        seen_in: [P] and into the mask.
+        seen: of every `stride_of`-th point [V], whether its projection falls into the frame.
+        seen_in: [V] and into the mask.
     """
 
     frame: Frame
@@ -146,7 +148,8 @@ def _mask(files: CaptureFiles, frame: Frame, spec: CaptureSpec) -> UInt8:
     """Return a frame's mask at the resolution of its camera, 0 and 255 where it was resized."""
     member = files.masks.get(frame.name)
     if member is not None:
-        mask = decode_mask(files.read(member, MAX_FRAME_BYTES), frame.name)
+        data = files.read(member, MAX_FRAME_BYTES)
+        mask = decode_mask(data, frame.name, lambda width, height: check_size("mask", width, height, frame.lens))
     elif spec.mask_command is not None:
         mask = hook_mask(spec.mask_command, files.read(files.frames[frame.name], MAX_FRAME_BYTES), frame.name)
     else:
@@ -161,14 +164,15 @@ def _mask(files: CaptureFiles, frame: Frame, spec: CaptureSpec) -> UInt8:
 
 
 def check_size(what: str, width: int, height: int, lens: Lens) -> None:
-    """Require a picture of the camera's shape: it may be smaller or larger, by one factor.
+    """Require a picture of the camera's shape: it may be smaller or larger, by one factor of up to MAX_FACTOR.
 
     A size with its sides swapped was turned after COLMAP saw it, and nothing tells which way.
 
     Raises:
         AssetError: BAD_CAMERA.
     """
-    if abs(width * lens.height - height * lens.width) <= max(width, height, lens.width, lens.height):
+    alike = abs(width * lens.height - height * lens.width) <= max(width, height, lens.width, lens.height)
+    if alike and max(width / lens.width, lens.width / width) <= MAX_FACTOR:
         return
     turned = ", sides swapped: turned after COLMAP saw it" if (height > width) != (lens.height > lens.width) else ""
     message = f"{what} of {width} x {height} px; its camera has {lens.width} x {lens.height} px{turned}"
@@ -223,26 +227,38 @@ def project(points: Float64, frame: Frame) -> Float64:
     return out
 
 
+def stride_of(model: Model) -> int:
+    """Return how many points of a model stand for one that is projected: what is kept of a frame stays bounded."""
+    return -(-len(model.points) // MAX_VOTERS) or 1
+
+
 def _projected(model: Model, frame: Frame, binary: UInt8) -> tuple[Bool, Bool]:
-    """Return which of all points fall into a frame [P], and which of them into its mask [P]."""
-    stride = -(-len(model.points) // MAX_VOTERS) or 1
-    seen, seen_in = (np.zeros(len(model.points), bool) for _ in range(2))
-    pixels = project(model.points[::stride], frame)
+    """Return which of every `stride_of`-th point fall into a frame [V], and which of them into its mask [V]."""
+    pixels = project(model.points[:: stride_of(model)], frame)
     visible = np.isfinite(pixels[:, 0])
-    seen[::stride] = visible
-    seen_in[::stride] = _inside(binary, np.where(visible[:, None], pixels, -1))
-    return seen, seen_in
+    return visible, _inside(binary, np.where(visible[:, None], pixels, -1))
 
 
 def vote(model: Model, looks: Sequence[Look]) -> Bool:
     """Return which of the model's points [P] are the object's, by the masks of these views."""
-    votes = Votes.none(len(model.points))
+    votes, stride = Votes.none(len(model.points)), stride_of(model)
     for look in looks:
         votes.observed += np.bincount(look.points, minlength=len(model.points))
         votes.observed_in += np.bincount(look.points[look.points_in], minlength=len(model.points))
-        votes.seen += look.seen
-        votes.seen_in += look.seen_in
+        votes.seen[::stride] += look.seen
+        votes.seen_in[::stride] += look.seen_in
     return votes.of_object()
+
+
+def inside_of(look: Look, chosen: Bool, stride: int) -> float:
+    """Return the share of the object's points [P] in a frame that lie in its mask; 1 where there are too few to tell.
+
+    Its points lie in its outline whether they are seen or hidden: a hole, or a part that is missing, shows here and
+    not in boxes.
+    """
+    seen = look.seen & chosen[::stride]
+    number = int(seen.sum())
+    return float((look.seen_in & seen).sum()) / number if number >= LEAST_POINTS else 1.0
 
 
 def agreement_of(look: Look, points: Float64) -> float:

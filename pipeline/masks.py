@@ -18,7 +18,6 @@ import importlib.metadata
 import io
 import math
 import os
-import shlex
 import signal
 import subprocess
 import tempfile
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.photos import MAX_FRAME_BYTES, decode_mask
+from pipeline.spec import split_command
 from pipeline.types import AssetError, FailureKind, Float64, UserError
 
 UInt8 = NDArray[np.uint8]
@@ -142,11 +142,9 @@ def hook_mask(command: str, frame: bytes, name: str) -> UInt8:
     if command == "rembg":
         return _rembg_mask(frame, name)
     try:
-        words = shlex.split(command)
+        words = split_command(command)
     except ValueError as error:
-        raise UserError(f"capture.mask_command {command!r}: {error}") from None
-    if not any("{image}" in word for word in words) or not any("{mask}" in word for word in words):
-        raise UserError(f"capture.mask_command {command!r}: it must be rembg, or hold {{image}} and {{mask}}")
+        raise UserError(f"capture.{error}") from None
     with tempfile.TemporaryDirectory(prefix="mask-") as folder:
         ending = PurePosixPath(name).suffix.lower()
         image = Path(folder) / f"image{ending if ending.isascii() and ending[1:].isalnum() else '.jpg'}"
@@ -159,6 +157,20 @@ def hook_mask(command: str, frame: bytes, name: str) -> UInt8:
         return decode_mask(mask.read_bytes(), name)
 
 
+def try_hook(command: str) -> str:
+    """Run the hook once, on a picture of a grey disc; return what it said if it failed on it, else "".
+
+    Raises:
+        UserError: where it cannot be run at all, or its network cannot be loaded.
+    """
+    disc = cv2.circle(np.full((64, 64, 3), 230, np.uint8), (32, 32), 16, (90, 90, 90), -1)
+    try:
+        hook_mask(command, cv2.imencode(".png", disc)[1].tobytes(), "test.png")
+    except AssetError as error:
+        return f"{error.message}: {error.log_tail.strip().rpartition(chr(10))[2][-200:]}".rstrip(": ")
+    return ""
+
+
 def _run(words: list[str], name: str) -> None:
     """Run a hook with no input, its output to a file of which only the tail is read: it may write without end."""
     with tempfile.TemporaryFile() as said:
@@ -166,7 +178,8 @@ def _run(words: list[str], name: str) -> None:
             hook = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"capture.mask_command: {words[0]!r} cannot be run: {error}; give an absolute path to a program"
+                f"capture.mask_command: {words[0]!r} cannot be run: {error}; give an absolute path to a program "
+                "(folders that it needs beside its own go into workers.readable)"
             ) from None
         try:
             status = hook.wait(COMMAND_TIMEOUT_S)
@@ -199,7 +212,14 @@ def _rembg() -> tuple[Any, Any]:
     """Return the package and one session: its network is loaded once a process."""
     _rembg_version()
     module: Any = importlib.import_module("rembg")
-    return module, module.new_session()
+    try:
+        return module, module.new_session()
+    except Exception as error:  # noqa: BLE001 - its download and its runtime raise what they like; none of it is a frame's
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"capture.mask_command 'rembg': its network cannot be loaded ({found}); captures are read without network, "
+            "so fetch it once before: python -c 'import rembg; rembg.new_session()'"
+        ) from None
 
 
 def _rembg_mask(frame: bytes, name: str) -> UInt8:

@@ -146,9 +146,12 @@ def _gather(
 ) -> _State:
     """Read the receipts of these plans, oldest plan first."""
     state = _State(listing)
+    read = set[str]()  # plans of two names may deal the same shard, whose tries count once
     for plan in made:
         then = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}").admission
-        for rows in _read_states(store, [plan_id for plan_id in plan.plan_ids if plan_id in present]):
+        unread = [plan_id for plan_id in plan.plan_ids if plan_id in present and plan_id not in read]
+        read.update(unread)
+        for rows in _read_states(store, unread):
             state.add(rows, then, rules)
     return state
 

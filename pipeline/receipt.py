@@ -6,17 +6,21 @@ A row tells all that is known of one object: the asset, then either where its sa
 there is none. Columns in `VOLATILE` (attempts, seconds, worker, dates, log tails) differ from run to run; they stay in
 the receipt and never reach a manifest, so that a corpus built twice gives one manifest digest.
 
-The footer tells the counts, so `tally` learns where a shard stands from the last 16 KB of its receipt: a receipt of 64
-objects has 150 KB (it keeps 32 views' figures of each) and takes 2 ms to read in full, its footer 0.1 ms.
+The footer tells the counts and what the shard cost on which node, so `tally` learns where a shard stands from the last
+16 KB of its receipt: a receipt of 64 objects has 150 KB (it keeps 32 views' figures of each) and takes 2 ms to read in
+full, its footer 0.1 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,10 @@ import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
 from pipeline.plan import ShardPlan, check_schema
-from pipeline.sample import asset_row
-from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
+from pipeline.sample import SampleError, asset_row
+from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, write_shard
 from pipeline.spec import canonical_json
-from pipeline.store import Outcome, Store
+from pipeline.store import Outcome, Store, StoreError
 from pipeline.types import Failure, Sample, UserError
 
 ROWS = pa.schema(
@@ -63,7 +67,17 @@ ROWS = pa.schema(
         ("provenance", pa.string()),  # JSON: worker, device, seconds by stage, fetch date
     ]
 )
-_METADATA = ("schema", "plan_id", "fingerprint", "shard_sha256", "shard_bytes", "planned", "samples", "failures")
+_METADATA = (
+    "schema",
+    "plan_id",
+    "fingerprint",
+    "shard_sha256",
+    "shard_bytes",
+    "planned",
+    "samples",
+    "failures",
+    "work",
+)
 _FOOTER_BYTES = 16 * 1024
 VOLATILE = ("attempts", "log_tail", "provenance")
 
@@ -80,12 +94,44 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWork:
+    """What one node did for a shard: seconds of the tasks that came to an end, the last of which may still be retried.
+
+    Attributes:
+        objects: that it made or failed to make; `samples` of them it made.
+        busy_s: seconds that tasks held their share of the node.
+        cpu_s: the same times the CPUs that each reserved; `gpu_s` times its share of a GPU.
+        begun_s, ended_s: first start and last end by the node's clock, seconds since 1970.
+    """
+
+    objects: int = 0
+    samples: int = 0
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    begun_s: float = math.inf
+    ended_s: float = 0.0
+
+    def __add__(self, other: NodeWork) -> NodeWork:
+        return NodeWork(
+            objects=self.objects + other.objects,
+            samples=self.samples + other.samples,
+            busy_s=self.busy_s + other.busy_s,
+            cpu_s=self.cpu_s + other.cpu_s,
+            gpu_s=self.gpu_s + other.gpu_s,
+            begun_s=min(self.begun_s, other.begun_s),
+            ended_s=max(self.ended_s, other.ended_s),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
     """The counts of a receipt, by its footer alone.
 
     Attributes:
         failures: failures by kind.
         retryable: how many of them may end otherwise.
+        work: by node; empty in receipts of releases that did not note it.
     """
 
     plan_id: str
@@ -96,6 +142,7 @@ class Tally:
     retryable: int
     shard_sha256: str | None
     shard_bytes: int
+    work: Mapping[str, NodeWork] = field(default_factory=dict)
 
 
 def receipt_key(plan_id: str) -> str:
@@ -117,6 +164,8 @@ def commit_shard(
 
     Raises:
         ValueError: if the results do not account for every planned uid; nothing is stored.
+        StoreError, SampleError, DamagedDataError: naming the plan and its objects, if the shard cannot be written,
+            verified or stored; no receipt is created.
     """
     planned = [asset.uid for asset in plan.assets]
     if sorted(planned) != sorted(results):
@@ -126,12 +175,26 @@ def commit_shard(
         )
     samples = [result for uid in planned if isinstance(result := results[uid], Sample)]
     shard = None
-    if samples:
-        shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
-        verify_shard(shard.path, shard.index, parse=False)
-        store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
-    rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
-    return commit_rows(store, plan, rows, shard)
+    with _naming(plan, scratch_dir):
+        if samples:
+            shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
+            store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
+        rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
+        return commit_rows(store, plan, rows, shard)
+
+
+@contextlib.contextmanager
+def _naming(plan: ShardPlan, scratch_dir: Path) -> Iterator[None]:
+    """Say in errors whose work it was."""
+    first, last = plan.assets[0].uid, plan.assets[-1].uid
+    objects = f"objects {first!r} to {last!r}" if len(plan.assets) > 1 else f"object {first!r}"
+    what = f"shard {plan.index} of plan {plan.plan_id[:16]} ({objects})"
+    try:
+        yield
+    except (StoreError, SampleError, DamagedDataError) as error:
+        raise type(error)(f"{what}: {error}") from None
+    except OSError as error:  # of the scratch folder: a store's own are StoreErrors
+        raise StoreError(f"{what}: its tar could not be written to {scratch_dir}: {error}") from None
 
 
 def commit_rows(
@@ -192,6 +255,7 @@ def to_parquet(plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard 
         "planned": str(len(plan.assets)),
         "samples": str(num_samples),
         "failures": canonical_json(failures).decode(),
+        "work": work_json(work_of(rows)),
     }
     sink = io.BytesIO()
     table = pa.Table.from_pylist(list(rows), schema=ROWS.with_metadata(metadata))
@@ -262,6 +326,7 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
             retryable=int(failures["retryable"]),
             shard_sha256=metadata["shard_sha256"] or None,
             shard_bytes=int(metadata["shard_bytes"]),
+            work=parse_work(metadata["work"]),
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise _unreadable(store.url, plan_id, error) from None
@@ -283,7 +348,56 @@ def tally_of(receipt: Receipt) -> Tally:
         retryable=pc.sum(rows["retryable"]).as_py() or 0,
         shard_sha256=receipt.shard_sha256,
         shard_bytes=receipt.shard_bytes,
+        work=work_of(rows.select(["status", "provenance"]).to_pylist()),
     )
+
+
+def work_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, NodeWork]:
+    """Return what each node did, by the provenance of a receipt's rows; rows that do not tell are left out."""
+    out: dict[str, NodeWork] = {}
+    for row in rows:
+        try:
+            told = json.loads(row["provenance"] or "{}")
+            busy_s, cpus, gpus = (float(told.get(name, 0.0)) for name in ("elapsed_s", "cpus", "gpus"))
+            ended_s = datetime.datetime.fromisoformat(told["finished_at"]).timestamp()
+            node = str(told["worker"])[:100]
+            finite = all(map(math.isfinite, (busy_s, cpus, gpus)))
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            continue
+        if finite:
+            done = NodeWork(
+                objects=1, samples=int(row["status"] == "sample"), busy_s=busy_s, cpu_s=busy_s * cpus,
+                gpu_s=busy_s * gpus, begun_s=ended_s - busy_s, ended_s=ended_s,
+            )  # fmt: skip
+            out[node] = out.get(node, NodeWork()) + done
+    return out
+
+
+_WORK = ("objects", "samples", "busy_s", "cpu_s", "gpu_s", "begun_s", "ended_s")
+
+
+def work_json(work: Mapping[str, NodeWork]) -> str:
+    """Return the work of nodes as a receipt's footer and a summary hold it."""
+    lists = {node: [round(getattr(done, name), 3) for name in _WORK] for node, done in work.items()}
+    return canonical_json(lists).decode()
+
+
+def parse_work(text: str) -> dict[str, NodeWork]:
+    """Read what `work_json` wrote; "" is nothing.
+
+    Raises:
+        ValueError, TypeError, AttributeError: if it is something else.
+    """
+    if text in ("", "{}"):
+        return {}
+    out = {}
+    for node, values in json.loads(text).items():
+        numbers = [float(value) for value in values]
+        if len(numbers) != len(_WORK) or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"work of node {str(node)[:40]!r} is not {len(_WORK)} numbers")
+        counts = {name: int(value) for name, value in zip(_WORK[:2], numbers)}
+        out[str(node)] = NodeWork(**counts, **dict(zip(_WORK[2:], numbers[2:])))  # type: ignore[arg-type]
+    return out
 
 
 def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import logging
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
 from pipeline.store import Outcome, Store
 from pipeline.types import FailureKind, UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_VERSION_BYTES = 64 * 2**20
 _NOT_IN_DIGEST = ("number", "digest", "parent", "code_commit", "created_at")
@@ -224,6 +228,8 @@ def publish(
     if not plans:
         raise UserError(f"corpus {store.url}: there is no plan; run `make render SPEC= CORPUS={store.url}` first")
     made = [p for p in plans if p.kind != "compact"]
+    if spec is None and (note := rules_note(made)) is not None:
+        logger.warning("%s", note)
     spec = spec or spec_of_json((made or plans)[-1].spec_json, f"corpus {store.url}: plan {(made or plans)[-1].id}")
     merged = manifest.merge_plans(store, plans, spec, listing)
     if not merged.num_receipts:
@@ -243,6 +249,32 @@ def publish(
         },
     }
     return _append(store, lambda newest: (body, merged.table, newest.tombstones if newest else frozenset()), deep=deep)
+
+
+def rules_note(plans: Sequence[PlanSet]) -> str | None:
+    """Return what to say where objects will be judged by rules that they were not planned under, else None.
+
+    A version has one set of rules, so that it can be told what it admits. Of a corpus that mixes datasets it is that of
+    the last plan by name, unless the publisher names a spec, whose own plans are then published alone.
+    """
+    if not plans:
+        return None
+    rules = {p.id: {part: json.loads(p.spec_json).get(part, {}) for part in ("admission", "split")} for p in plans}
+    last = plans[-1]
+    differ = {
+        f"{part}.{key}": p.name
+        for p in plans
+        for part, values in rules[p.id].items()
+        for key in values.keys() | rules[last.id][part].keys()
+        if values.get(key) != rules[last.id][part].get(key)
+    }
+    if not differ:
+        return None
+    others = sorted(set(differ.values()))
+    return (
+        f"no SPEC= was named: all objects are judged by the rules of plan {last.id}, the last by name; those of "
+        f"{', '.join(others)} have another {', '.join(sorted(differ))}. Give the specs equal rules, or name one"
+    )
 
 
 def tombstone(store: Store, uids: Sequence[str]) -> tuple[Version, bool]:
@@ -383,13 +415,14 @@ def _counts(table: pa.Table) -> dict[str, Any]:
 def code_commit() -> str:
     """Return the git commit of this code, with "+dirty" where the tree differs from it, or "unknown"."""
     root = Path(__file__).resolve().parent.parent
+    environment = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}  # no credential
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit + ("+dirty" if status else "")

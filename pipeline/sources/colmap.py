@@ -49,7 +49,7 @@ class ColmapAssets:
         Raises:
             UserError: nothing is there, or a name cannot be a uid.
         """
-        excluded = set(read_lines(self._source.exclude_file))
+        excluded = {line.rstrip("/"): number for number, line in read_lines(self._source.exclude_file)}
         try:
             names = self._names()
         except AssetError as error:
@@ -59,8 +59,9 @@ class ColmapAssets:
                 f"source.path {self._source.path!r} holds no capture; a folder with images/ and sparse/0/, or a folder "
                 "of such folders, is looked for"
             )
-        for name in sorted(excluded - {uid for uid, _ in names}):
-            logger.warning("source.exclude_file: %r is no capture of %s", name, self._source.path)
+        for name in sorted(excluded.keys() - {uid for uid, _ in names}):
+            where = f"source.exclude_file {self._source.exclude_file}, line {excluded[name]}"
+            logger.warning("%s: %r is no capture of %s", where, name, self._source.path)
         return [self._asset(uid, prefix, uid in excluded) for uid, prefix in names[: self._source.max_captures]]
 
     def open_capture(self, asset: Asset) -> OpenCapture:

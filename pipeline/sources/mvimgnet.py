@@ -23,8 +23,9 @@ corpus. Anything wrong with one capture's entries costs that capture, with a kin
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -39,6 +40,8 @@ from pipeline.spec import MvimgnetSource
 from pipeline.types import Asset, AssetError, FailureKind, UserError
 from pipeline.zips import ZipEntry, find_directory, parse_entries, scan_directory
 
+logger = logging.getLogger(__name__)
+
 LICENSE = "MVImgNet-ToU"
 ATTRIBUTION = "MVImgNet, GAP-Lab, The Chinese University of Hong Kong, Shenzhen"
 MAX_RUNS = 8
@@ -47,7 +50,7 @@ and found among others by name."""
 
 _CAPTURE = re.compile(rb"(?:^|/)(0|[1-9][0-9]{0,3})/([0-9a-f]{8})/(?=[^/])")
 _CLASS, _INSTANCE = re.compile(r"0|[1-9][0-9]{0,3}"), re.compile(r"[0-9a-f]{8}")
-_EXCLUDED = re.compile(r"([0-9]{1,4}/[0-9a-f]{8})(?:-([0-9]{1,3}))?")
+_EXCLUDED = re.compile(r"((?:0|[1-9][0-9]{0,3})/[0-9a-f]{8})(?:-([0-9]{1,3}))?")
 _URI = re.compile(r"mvimgnet:([0-9]{1,4}/[0-9a-f]{8})\?(.*)", re.DOTALL)
 _RUN = re.compile(r"([0-9]{1,18})-([0-9]{1,12})")
 _LISTERS = 16
@@ -101,6 +104,12 @@ class MvimgnetAssets:
                 "<class>/<instance>/images, are looked for"
             )
         names.sort(key=lambda name: (int(name.partition("/")[0]), name))
+        strange = sorted(excluded.keys() - set(names))
+        if strange:
+            logger.info(
+                "source.exclude_file: %d of its %d captures are not in the source, such as %s",
+                len(strange), len(excluded), strange[0],
+            )  # fmt: skip
         return [_asset(name, found[name], excluded.get(name)) for name in names[: self._source.max_captures]]
 
     def open_capture(self, asset: Asset) -> OpenCapture:
@@ -205,7 +214,7 @@ def open_members(uid: str, members: dict[str, Member], max_bytes: int, without: 
     models = dict(layout.models)
     for number in (without or "").split(","):
         models.pop(number, None)
-    if without and not models:
+    if layout.models and not models:
         raise AssetError(FailureKind.EXCLUDED, f"{uid}: its models {without} are on the list of source.exclude_file")
     kept = {
         *layout.frames.values(),
@@ -312,7 +321,7 @@ def _asset(name: str, one: _Found, excluded: str | None) -> Asset:
 def _read_excluded(path: str | None) -> dict[str, str]:
     """Return "all", or the numbers of models "0,2", by capture, from the user's list."""
     out: dict[str, str] = {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in read_lines(path):
         match = _EXCLUDED.fullmatch(line)
         if match is None:
             raise UserError(
@@ -326,8 +335,8 @@ def _read_excluded(path: str | None) -> dict[str, str]:
     return out
 
 
-def read_lines(path: str | None) -> Iterable[str]:
-    """Return the lines of a list, without blanks and comments; none for None.
+def read_lines(path: str | None) -> list[tuple[int, str]]:
+    """Return the lines of a list with their numbers, without blanks and comments; none for None.
 
     Raises:
         UserError: if it cannot be read.
@@ -335,7 +344,15 @@ def read_lines(path: str | None) -> Iterable[str]:
     if path is None:
         return []
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"source.exclude_file {path}: cannot be read: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"source.exclude_file {path}: cannot be read: {error.strerror}") from None
+    lines = list[tuple[int, str]]()
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"source.exclude_file {path}, line {number}: {line[:60]!r} is no UTF-8 text") from None
+        if text and not text.startswith("#"):
+            lines.append((number, text))
+    return lines

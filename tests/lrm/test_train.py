@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -54,20 +53,6 @@ def whole_run(ball_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> lis
     return losses(out)
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(ball_corpus: str, tmp_path: Path, whole_run: list[float]) -> None:
-    overrides = ("train.steps=120", "train.ema_decay=0.9")
-    process = subprocess.Popen(
-        [sys.executable, *command(ball_corpus, tmp_path, *overrides)], env=ENV, stderr=subprocess.DEVNULL
-    )
-    wait_for_step(tmp_path, 17, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    result = train(nano_config(*overrides), ball_corpus, None, tmp_path)
-    assert result.step == 120
-    assert result.steps_now < 120
-    assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
-
-
 def test_sigterm_saves_and_the_run_goes_on(ball_corpus: str, tmp_path: Path, whole_run: list[float]) -> None:
     overrides = ("train.steps=120", "train.ema_decay=0.9", "train.checkpoint_every_steps=1000")
     process = subprocess.Popen(
@@ -78,7 +63,7 @@ def test_sigterm_saves_and_the_run_goes_on(ball_corpus: str, tmp_path: Path, who
     assert process.wait(60) == 3
     done = len(losses(tmp_path))
     assert 3 <= done < 120
-    assert checkpoint_paths(tmp_path)[0].name == f"step-{done:08d}.pt"
+    assert checkpoint_paths(tmp_path)[0].name == f"step-{done:08d}"
     assert train(nano_config(*overrides), ball_corpus, None, tmp_path).steps_now == 120 - done
     assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
 
@@ -88,7 +73,7 @@ def test_a_cut_checkpoint_costs_only_the_steps_since_the_one_before(
 ) -> None:
     config = nano_config("train.steps=120", "train.ema_decay=0.9", "train.checkpoint_every_steps=10")
     train(config, ball_corpus, None, tmp_path)
-    newest = checkpoint_paths(tmp_path)[0]
+    newest = next(checkpoint_paths(tmp_path)[0].glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:1000])
     assert train(config, ball_corpus, None, tmp_path).steps_now == 10
     assert losses(tmp_path) == pytest.approx(whole_run, rel=1e-4)
@@ -141,25 +126,6 @@ def test_a_step_without_a_finite_gradient_changes_nothing(ball_corpus: str) -> N
         assert (trainer.step, trainer.skipped, trainer.window) == (1, 1, [])
         trainer.train_step(batch)
         assert (trainer.step, trainer.skipped, len(trainer.window)) == (2, 1, 1)
-
-
-def test_two_processes_learn_what_one_does(ball_corpus: str, tmp_path: Path) -> None:
-    """Without jitter, the same global batch gives the same losses whoever holds its halves."""
-    overrides = ("train.steps=5", "model.volume.jitter=false", "train.batch_size=4")
-    train(nano_config(*overrides), ball_corpus, None, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command(ball_corpus, tmp_path / "two", *overrides)],
-            env=ENV | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)},
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    assert [process.wait(120) for process in processes] == [0, 0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 def test_the_users_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ def mvimgnet(path: object, **values: object) -> MvimgnetAssets:
 
 
 def colmap(path: object, **values: object) -> ColmapAssets:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     return ColmapAssets(ColmapSource(path=str(path), **values), max_capture_bytes=2**20)  # type: ignore[arg-type]
 
 
@@ -285,6 +286,48 @@ def test_excluded_captures_are_planned_and_fail_with_a_kind(tmp_path: Path) -> N
     listed.write_text("7-0000000a\n")
     with pytest.raises(UserError, match="line 1: '7-0000000a'"):
         mvimgnet(tmp_path / "data", exclude_file=str(listed)).list_assets()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (b"# a comment\n\n7-0000000a\n", 3),
+        (b"\xef\xbb\xbf7/0000000a\r\n\r\n7/0000000A\r\n", 3),
+        (b"7/0000000a\n  # indented\n7/0000000a-0 # why\n", 3),
+        (b"07/0000000a\n", 1),
+        (b"7/0000000a\n\xff\xfe\n", 2),
+        (b"7/0000000a-\n", 1),
+        (b"7/0000000a,7/0000000b\n", 1),
+    ],
+)
+def test_an_odd_line_of_a_list_is_named_by_file_and_number(tmp_path: Path, text: bytes, number: int) -> None:
+    write_tree(tmp_path / "data", under("7/0000000a", FRAMES | MODEL))
+    (tmp_path / "bad.txt").write_bytes(text)
+    with pytest.raises(UserError, match=rf"source\.exclude_file .*bad\.txt, line {number}: ") as caught:
+        mvimgnet(tmp_path / "data", exclude_file=tmp_path / "bad.txt").list_assets()
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_as_editors_write_them_and_lists_of_more_than_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path / "data", under("7/0000000a", FRAMES | MODEL) | under("7/0000000b", FRAMES))
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbf7/0000000a-00\r\n\t 7/0000000b-0 \r\n9/0000000c\r\n")
+    source = mvimgnet(tmp_path / "data", exclude_file=tmp_path / "bad.txt")
+    with caplog.at_level("INFO"):
+        first, second = source.list_assets()
+    assert "1 of its 3 captures are not in the source, such as 9/0000000c" in caplog.text
+    with pytest.raises(AssetError) as caught:
+        source.open_capture(first)
+    assert caught.value.kind is FailureKind.EXCLUDED
+    assert source.open_capture(second).files.models == {}, "it has no model to leave out: that is its own defect"
+    (tmp_path / "names.txt").write_text("\n7/\nnobody\n")
+    with caplog.at_level("WARNING"):
+        (one,) = colmap(
+            write_tree(tmp_path / "all", under("7", FRAMES)), exclude_file=tmp_path / "names.txt"
+        ).list_assets()
+    assert one.uri.startswith("colmap:excluded:")
+    assert "names.txt, line 3: 'nobody' is no capture" in caplog.text
 
 
 def test_what_the_user_can_mend_is_said_in_one_line(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import colmap
 from pipeline.colmap import Model, parse_model, read_model
 from pipeline.types import AssetError, FailureKind
 from tests.captures import colmap_files
@@ -145,6 +146,11 @@ def test_counts_that_the_bytes_cannot_hold_are_refused_before_anything_is_alloca
     for count in (2**32, 2**60, 2**64 - 1):
         found = refused(files | {f"{part}.bin": struct.pack("<Q", count) + files[f"{part}.bin"][8:]})
         assert "announces" in found.message
+
+
+def test_models_of_too_many_points_are_refused_before_they_are_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colmap, "MAX_POINTS", 20)
+    assert "at most 20 are allowed" in refused(model_files()).message
 
 
 def patched(data: bytes, offset: int, kind: str, value: float) -> bytes:

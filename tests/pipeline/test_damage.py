@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -28,6 +29,25 @@ def small(uid: str) -> Sample:
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     return write_shard([small("ball-0"), small("ball-2")], tmp_path_factory.mktemp("whole") / "whole.tar")
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut"])
+def test_a_disk_that_keeps_other_bytes_is_noticed_while_writing(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pread
+
+    def forgetful(fd: int, count: int, start: int) -> bytes:
+        data = bytearray(real(fd, count, start))
+        if fault == "cut":
+            return bytes(data[: max(0, 3000 - start)])
+        data[-1] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(os, "pread", forgetful)
+    with pytest.raises(DamagedDataError, match=r"new\.tar: bytes 0 to .* are not what was written"):
+        write_shard([small("ball-0"), small("ball-2")], tmp_path / "new.tar")
+    assert not list(tmp_path.iterdir())
 
 
 def members(path: Path) -> dict[str, bytes] | None:

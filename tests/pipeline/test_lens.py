@@ -77,6 +77,16 @@ def test_absurd_lenses_are_refused(model: str, params: list[float], said: str) -
     assert error.value.kind == FailureKind.BAD_CAMERA
 
 
+def test_a_camera_of_more_pixels_than_a_photo_may_have_is_refused() -> None:
+    for width, height, fits in ((14_000, 9_000, True), (36_000, 64_000, False)):
+        lens = lens_of("SIMPLE_PINHOLE", [1.2 * max(width, height), width / 2, height / 2], width, height)
+        if fits:
+            lens.check("1")
+        else:
+            with pytest.raises(AssetError, match="at most 134217728 pixels are allowed"):
+                lens.check("1")
+
+
 @pytest.mark.parametrize("params", [[1313.71, 800, 600, 0.011], [1313.71, 800, 600, -0.09]])
 def test_undistortion_agrees_with_pycolmaps_own(params: list[float]) -> None:
     path = SHARED / "captures" / "plush_mit" / "images" / "20240212_003919.jpg"

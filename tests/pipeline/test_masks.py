@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -110,6 +111,64 @@ def test_a_jpeg_that_ends_early_is_refused_although_many_decoders_fill_it_with_g
         with pytest.raises(AssetError, match="without its end"):
             decode_photo(data[:length], "x.jpg")
     assert decode_photo(data + b"trailer of a phone", "x.jpg")[0].shape == (200, 300, 3)
+
+
+@lru_cache
+def textured() -> np.ndarray:
+    """A picture as photos are: smooth here, rough there."""
+    rng = np.random.default_rng(4)
+    rough = cv2.GaussianBlur(rng.integers(0, 255, (240, 320, 3)).astype(np.uint8), (0, 0), 1.5)
+    ramp = np.linspace(0, 1, 320)[None, :, None]
+    return np.asarray(rough * ramp + 120 * (1 - ramp), np.uint8)
+
+
+@given(st.sampled_from((60, 75, 92, 98)), st.floats(0.05, 0.9), st.sampled_from((200, 512, 4096)), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_jpeg_with_a_hole_of_zeros_is_refused(quality: int, where: float, length: int, optimised: bool) -> None:
+    """As a download leaves it that was never finished; decoders go on without a word."""
+    flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, int(optimised)]
+    data = bytearray(cv2.imencode(".jpg", textured(), flags)[1].tobytes())
+    start = data.index(b"\xff\xda") + 12
+    at = start + int(where * (len(data) - start))
+    end = min(at + length, len(data) - 2)
+    data[at:end] = bytes(end - at)
+    assert cv2.imdecode(np.frombuffer(bytes(data), np.uint8), cv2.IMREAD_COLOR) is not None
+    for decode in (decode_photo, decode_mask):
+        with pytest.raises(AssetError, match="damaged within") as error:
+            decode(bytes(data), "a.jpg")
+        assert error.value.kind == FailureKind.CORRUPT_FILE
+
+
+@pytest.mark.parametrize("padding", [1, 8, 16])
+def test_a_camera_that_pads_its_pictures_is_forgiven(padding: int) -> None:
+    data = jpeg(textured())
+    padded = data[:-2] + b"\x55" * padding + data[-2:]
+    assert (decode_photo(padded, "a.jpg")[0] == decode_photo(data, "a.jpg")[0]).all()
+    with pytest.raises(AssetError, match="extraneous bytes"):
+        decode_photo(data[:-2] + b"\x55" * 200 + data[-2:], "a.jpg")
+
+
+@given(st.integers(8, 70), st.integers(8, 70), st.sampled_from((1, 2, 4, 8)), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_photos_decode_to_the_pixels_that_opencv_gives(
+    width: int, height: int, shrink: int, progressive: bool, is_grey: bool
+) -> None:
+    photo = textured()[:height, :width]
+    flags = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)]
+    data = cv2.imencode(".jpg", photo[..., 0] if is_grey else photo, flags)[1].tobytes()
+    how = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4}
+    expected = cv2.imdecode(np.frombuffer(data, np.uint8), how.get(shrink, cv2.IMREAD_REDUCED_COLOR_8))
+    found, *size = decode_photo(data, "a.jpg", shrink)
+    assert size == [width, height]
+    assert found.shape == expected.shape
+    assert (found == expected).all()
+
+
+def test_a_photo_in_inks_is_read_too() -> None:
+    sink = io.BytesIO()
+    Image.fromarray(textured()).convert("CMYK").save(sink, "JPEG", quality=95)
+    photo = decode_photo(sink.getvalue(), "print.jpg")[0]
+    assert np.abs(photo[..., ::-1].astype(int) - textured()).mean() < 6
 
 
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from pipeline.mvimgnet import ingest, producer
 from pipeline.sample import decode_rgba
@@ -488,9 +489,15 @@ def test_a_hook_that_fails_is_no_mask_with_what_it_said(hook: Callable[[str], st
 
 def test_a_hook_that_cannot_be_run_is_the_users_mistake() -> None:
     capture = replace(copy_of(made()), masks={})
-    for command, said in (("/no/such/thing {image} {mask}", "cannot be run"), ("true", "{image} and {mask}")):
-        with pytest.raises(UserError, match=said):
-            run(capture, spec_of(capture={"mask_command": command}))
+    with pytest.raises(UserError, match="cannot be run"):
+        run(capture, spec_of(capture={"mask_command": "/no/such/thing {image} {mask}"}))
+    for command, said in (
+        ("true", "{image} and {mask}"),
+        ("{image} {mask}", "a program"),
+        ("a '{image} {mask}", "quot"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            spec_of(capture={"mask_command": command})
     try:
         import rembg  # noqa: F401
     except ImportError:
@@ -499,7 +506,7 @@ def test_a_hook_that_cannot_be_run_is_the_users_mistake() -> None:
 
 
 def test_the_producer_names_what_decides_pixels() -> None:
-    for word in ("revision", "OpenCV", "pycolmap"):
+    for word in ("revision", "OpenCV", "pycolmap", "simplejpeg"):
         assert word in producer()
 
 

@@ -292,6 +292,21 @@ def test_a_store_that_ignores_preconditions_is_refused(
         assert "\n" not in str(info.value)
 
 
+def test_a_real_server_behind_a_gateway_that_drops_the_precondition_is_refused(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway forwards everything but one header, so the server overwrites: only the probe can tell."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        rule = proxy.harm(Fault(strip="if-none-match"), method="PUT", times=None)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        corpus = open_store(f"{s3_url}/careless")
+        with pytest.raises(UserError, match="ignores create-if-absent") as info:
+            corpus.probe()
+        assert rule.hits >= 2
+        assert "\n" not in str(info.value)
+        assert list(corpus.list("")) == []
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

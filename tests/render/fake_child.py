@@ -23,6 +23,7 @@ parser = argparse.ArgumentParser()
 for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--device")
+parser.add_argument("--border")
 args = parser.parse_args()
 die_with(args.parent_pid)
 
@@ -82,6 +83,24 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     elif mode == "nan":
         text = b'{"type": "scene", "quality": {"x": NaN}}'
         os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
+    elif mode in ("infinite", "digits", "deep"):
+        value = {"infinite": "1e999", "digits": "1" * 4000, "deep": "[" * 20 + "]" * 20}[mode]
+        text = b'{"type": "scene", "quality": {"x": %s}}' % value.encode()
+        os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
+    elif mode == "escape":
+        sys.stderr.write("\x1b[31mcoloured\n")
+        said = "red \x1b[31m and \udc80 alone\nsecond line"
+        wire.send(out, {"type": "error", "kind": "import_error", "message": said})
+        return
+    elif mode in ("fill", "fill-unseen"):
+        path = Path(os.environ["TMPDIR"], "hoard")
+        with path.open("wb") as file:
+            if mode == "fill-unseen":
+                path.unlink()
+            while True:
+                file.write(bytes(2**20))
+                file.flush()
+                time.sleep(0.02)
     elif mode == "shape":
         wire.send(out, SCENE)
         sides()
