@@ -132,7 +132,7 @@ train: $(VENV)/.ready ## train an LRM on a version, here or on RAY_ADDRESS; resu
 export: $(VENV)/.ready ## weights of a run, averaged ones if it has some, as one safetensors file [CHECKPOINT=out/train OUT=out]
 	@$(CLI) export --checkpoint '$(or $(CHECKPOINT),$(OUT)/train)' --out '$(OUT)/model.safetensors'
 
-learn: $(VENV)/.ready ## does it learn? tiny on 320 procedural objects, judged on unseen ones [OUT=out SET="train.steps=1000"]
+learn: $(VENV)/.ready ## does it learn? procedural objects rendered, tiny trained, judged on unseen objects [OUT=out SET="train.steps=1000"]
 	@$(CLI) learn --out '$(OUT)/learn' $(flags_set) --json
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]

@@ -137,8 +137,13 @@ def learn(
 ) -> None:
     """Does it learn? Render procedural objects, train `tiny` on them, judge it on unseen views and objects."""
     from jobs.learn import as_text, run_learn
+    from lrm.train import TrainingError
 
-    found = run_learn(out, overrides or ())
+    try:
+        found = run_learn(out, overrides or ())
+    except TrainingError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     typer.echo(as_text(found), err=True)
     typer.echo(f"wrote {out / 'unseen_objects.png'}, {out / 'unseen_views.png'}", err=True)
     if as_json:

@@ -105,6 +105,9 @@ class DataConfig(BaseModel):
     max_views: int = Field(
         0, ge=0, le=999, description="views of an object that training draws from, its first; 0 is all; paper 32"
     )
+    input_views: int = Field(
+        0, ge=0, le=999, description="those of them that the input is drawn from, the first; 0 is all, as in the paper"
+    )
     min_render_px: int = Field(ge=8, description="least size a target view is resized to; paper 128")
     max_render_px: int = Field(ge=8, description="largest such size; paper 384")
     patch_px: int = Field(ge=8, description="side of the square cut from a resized target view; paper 128")

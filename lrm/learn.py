@@ -50,9 +50,9 @@ class Protocol:
     """
 
     image_px: int = 64
-    num_inputs: int = 4
+    num_inputs: int = 2
     num_targets: int = 4
-    max_objects: int = 64
+    max_objects: int = 32
     mean_views: int = 4096
 
 

@@ -79,10 +79,11 @@ class Preparer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
-    """How a loader works; of these only seed, mix, max_views and block_shards change what it yields."""
+    """How a loader works; only seed, mix, max_views, input_views and block_shards change what it yields."""
 
     seed: int = 0
     max_views: int = 0  # views of an object to draw from, its first; 0 is all
+    input_views: int = 0  # those of them that may be the input, the first; 0 is all
     mix: Mapping[str, float] = field(default_factory=dict)
     block_shards: int = 0
     num_threads: int = 2
@@ -217,7 +218,7 @@ class BatchLoader:
         self.order = SampleOrder.build(
             sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
             num_views=np.minimum(index.num_views, options.max_views or MAX_VIEWS), views_per_sample=preparer.num_views,
-            seed=options.seed, mix=options.mix, block_shards=options.block_shards,
+            seed=options.seed, input_views=options.input_views, mix=options.mix, block_shards=options.block_shards,
         )  # fmt: skip
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._local = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
@@ -253,6 +254,7 @@ class BatchLoader:
             "version_digest": self._reader.digest,
             "seed": self._options.seed,
             "max_views": self._options.max_views,
+            "input_views": self._options.input_views,
             "mix": dict(self.order.mix),
             "block_shards": self.order.block_shards,
             "num_slots": len(self.order),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.learn import SPEC, as_text, run_learn
 from lrm.learn import Protocol
-from pipeline.spec import load_spec
+from pipeline.spec import ProceduralSource, load_spec
 from tests.jobs import fakes
 from tests.lrm.conftest import NANO
 
@@ -32,9 +33,13 @@ def test_a_run_ends_in_scores_and_pictures_and_goes_on_from_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = tmp_path / "balls.toml"
-    spec.write_text(BALLS)
-    options = {"spec_path": spec, "protocol": Protocol(image_px=16, num_inputs=2), "produce": fakes.produce}
-    settings = (*NANO, "data.max_views=3", "train.steps=4")
+    spec.write_text(BALLS.replace("num_objects = 8", "num_objects = 80"))
+    options: dict[str, Any] = {
+        "spec_path": spec,
+        "protocol": Protocol(image_px=16, num_inputs=2),
+        "produce": fakes.produce,
+    }
+    settings = (*NANO, "data.max_views=3", "train.steps=4", "source.num_objects=8")
     first = json.loads(json.dumps(run_learn(tmp_path / "out", settings, **options)))
     assert first["steps"] == 4
     assert first["train_objects"] + first["unseen_objects"]["objects"] == 7, "seed 3 fails, as the fake was asked to"
@@ -54,6 +59,7 @@ def test_a_run_ends_in_scores_and_pictures_and_goes_on_from_what_is_there(
 
 def test_the_spec_holds_out_enough_objects_and_leaves_views_unseen() -> None:
     spec = load_spec(SPEC, ())
+    assert isinstance(spec.source, ProceduralSource)
     held = [spec.is_heldout(f"procedural-{seed}") for seed in range(spec.source.num_objects)]
     assert sum(held) >= 16
     assert len(held) - sum(held) >= 64

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lrm.data import Loader
 from lrm.learn import Line, Protocol, mean_view, measure, psnr, rows_of, seen_and_unseen, spread, write_lines
+from lrm.order import KeyedDraws
 from lrm.pixels import decode_view, resize_image
 from lrm.preview import predict_views
 from lrm.train import build_model
@@ -35,12 +36,28 @@ def test_training_draws_from_the_first_views_alone(split_corpus: str) -> None:
         drawn = {view for place in range(400) for view in loader.order.draw(place).views}
         place = loader.state_dict()
     assert drawn == set(range(5))
+    one = nano_config("data.max_views=5", "data.input_views=1")
+    with Loader(reader, one.data, image_px=32, batch_size=2) as loader:
+        draws = [loader.order.draw(number) for number in range(400)]
+    assert {draw.input_view for draw in draws} == {0}
+    assert {view for draw in draws for view in draw.views} == set(range(5))
     with Loader(reader, nano_config().data, image_px=32, batch_size=2) as loader:
         assert {view for number in range(400) for view in loader.order.draw(number).views} == set(range(8))
         with pytest.raises(UserError, match="loader state is of max_views 5, this run has 0"):
             loader.load_state_dict(place)
     with pytest.raises(UserError, match="fewer than 3 views"):
         Loader(reader, nano_config("data.max_views=2").data, image_px=32, batch_size=2)
+
+
+@given(st.integers(1, 30), st.integers(0, 35), st.data())
+def test_the_first_of_a_choice_lies_where_it_is_asked_to(bound: int, first_below: int, data: st.DataObject) -> None:
+    num = data.draw(st.integers(1, bound))
+    chosen = [KeyedDraws(key).choose(num, bound, first_below) for key in range(200)]
+    assert all(len(set(one)) == num and set(one) <= set(range(bound)) for one in chosen)
+    assert all(one[0] < (first_below or bound) for one in chosen)
+    if 0 < first_below < bound and num > 1 and bound <= 8:
+        assert {one[0] for one in chosen} == set(range(first_below))
+        assert {view for one in chosen for view in one} == set(range(bound)), "the others are any"
 
 
 @given(st.integers(1, 50), st.integers(1, 60))
