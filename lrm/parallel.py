@@ -15,6 +15,8 @@ bfloat16 policy would halve what is sent and round the norms.
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -38,6 +40,8 @@ def shard(model: LRM, config: TrainConfig, ranks: Ranks) -> None:
         for block in blocks(model):
             block.compile(backend=config.compile)
     if config.parallel == "fsdp" and ranks.size > 1:
+        # Pictures leave the model as views; nothing is done to them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         for block in blocks(model):
             fully_shard(block, mesh=mesh)

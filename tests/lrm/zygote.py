@@ -57,7 +57,7 @@ class Zygote:
         assert status is None or isinstance(status, int)
         return status
 
-    def wait(self, pids: Sequence[int], timeout_s: float = 120) -> list[int]:
+    def wait(self, pids: Sequence[int], timeout_s: float = 240) -> list[int]:
         """Return the exit statuses of all."""
         deadline_s, ended = time.monotonic() + timeout_s, dict.fromkeys(pids)
         while any(status is None for status in ended.values()):
