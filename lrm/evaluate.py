@@ -126,6 +126,8 @@ class EvalResult:
         for name, label in (("fid", "FID"), ("chamfer", "Chamfer"), *((_f(t), f"F at {t:g}") for t in THRESHOLDS)):
             if name in m:
                 lines.append(f"{label:<12} {_number(m[name])}")
+        if p["trained_on_digest"] not in ("unknown", p["version_digest"]):  # an exported file does not say
+            lines.append("trained on another version: where its rule holds out other objects, these may be known to it")
         if self.no_surface:
             lines.append(
                 f"{self.no_surface} input(s) gave no surface at this level, and are no part of the mesh figures"

@@ -51,7 +51,9 @@ class InferConfig(BaseModel):
         "cut", description="cut: by the picture's alpha, or rembg; white: the object already stands before white"
     )
     fill: float = Field(0.85, gt=0.1, le=1, description="the object's longer side over the frame's")
-    fov_deg: float = Field(50.0, gt=1, lt=170, description="field of view assumed of the picture")
+    fov_deg: float = Field(
+        50.0, gt=1, lt=170, description="field of view assumed of the picture; that of the renders it learnt from"
+    )
     resolution: int = Field(256, ge=16, le=512, description="points of the density grid along a side; paper 384")
     level: float | None = Field(
         None, gt=0, description="density of the surface; default: half opaque within one training sample"
