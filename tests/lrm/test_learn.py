@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrm.data import Loader
@@ -49,6 +49,7 @@ def test_training_draws_from_the_first_views_alone(split_corpus: str) -> None:
         Loader(reader, nano_config("data.max_views=2").data, image_px=32, batch_size=2)
 
 
+@settings(deadline=None)  # 200 choices an example
 @given(st.integers(1, 30), st.integers(0, 35), st.data())
 def test_the_first_of_a_choice_lies_where_it_is_asked_to(bound: int, first_below: int, data: st.DataObject) -> None:
     num = data.draw(st.integers(1, bound))
