@@ -87,7 +87,7 @@ def test_prometheus_finds_data_for_every_query(exporting: Exporting, tmp_path: P
     web = free_port()
     config = tmp_path / "prometheus.yml"
     config.write_text(
-        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+        "global: {scrape_interval: 5s, scrape_timeout: 5s, evaluation_interval: 5s}\n"
         f"rule_files: ['{GRAFANA / 'alerts.yml'}']\n"
         f"scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}]\n"
     )

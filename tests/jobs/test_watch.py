@@ -208,7 +208,7 @@ def queries() -> list[str]:
     """Every query of the dashboard, for all sessions and any minute."""
     board = json.loads((GRAFANA / "lrm-corpus.json").read_text())
     found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    return [text.replace("$session", ".*").replace("$__rate_interval", "1m") for text in found]
+    return [text.replace("$session", ".*").replace("$__rate_interval", "2m") for text in found]
 
 
 def alerts() -> list[str]:
