@@ -23,6 +23,8 @@ DEAD   ?= 0.5
 GRACE_S ?= 604800
 OBJECTS ?= 1000000
 WEIGHTS ?=
+IMAGE  ?=
+CHECKPOINT ?= $(OUT)/train
 
 # Python 3.11 brings bpy 4.5, Python 3.13 brings bpy 5.2; no other Python has a wheel of a long-term Blender.
 CONSTRAINTS = constraints$(shell $(PYTHON) -c 'import sys; print("-3.13" if sys.version_info[:2] == (3, 13) else "")').txt
@@ -34,8 +36,8 @@ CLI := $(BIN)/python -m jobs.cli
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo plan render ingest check-captures dataset retry calibrate bench-render bench-corpus bench-ingest \
-	bench-loader bench-train publish diff verify tombstone compact gc status report train weights test test-crash lint \
-	format s3-up clean
+	bench-loader bench-train bench-jobs publish diff verify tombstone compact gc status why report train learn export weights \
+	evaluate infer test test-crash test-cluster lint format s3-up clean
 
 help: ## list every target with its variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +96,9 @@ $(PEERS)/.ready: $(VENV)/.ready tests/bench/requirements-loader.txt
 bench-loader: $(PEERS)/.ready ## our loader against webdataset, litdata, MosaicML Streaming: folder, S3, slow S3 [ARGS="--rounds 1"]
 	@$(PEERS)/bin/python -m tests.bench.loader $(ARGS)
 
+bench-jobs: $(VENV)/.ready ## what the system itself costs an object, its driver's memory, and a simulated farm [ARGS="--nodes 200"]
+	@$(BIN)/python -m tests.bench.jobs $(ARGS)
+
 publish: $(VENV)/.ready ## make a version of what is committed [CORPUS= DEEP=1 PUBLIC=1 JSON=1; SPEC= SET= for one spec of several]
 	@$(CLI) publish --corpus '$(CORPUS)' $(if $(DEEP),--deep) $(if $(PUBLIC),--public) $(if $(filter command environment,$(firstword $(origin SPEC))),--spec '$(SPEC)') $(flags_set) $(flags_json)
 
@@ -112,26 +117,48 @@ compact: $(VENV)/.ready ## copy live samples out of shards that are mostly dead 
 gc: $(VENV)/.ready ## list what nothing names; DELETE=1 deletes it [CORPUS= GRACE_S=604800 DELETE=1 JSON=1]
 	@$(CLI) gc --corpus '$(CORPUS)' --grace-s '$(GRACE_S)' $(if $(DELETE),--delete) $(flags_json)
 
-status: $(VENV)/.ready ## tell where a corpus stands, from its receipts alone [CORPUS= JSON=1]
-	@$(CLI) status --corpus '$(CORPUS)' $(flags_json)
+status: $(VENV)/.ready ## where a corpus stands: done, failed, running, stale, speed, cost [CORPUS= SET="workers.price_per_cpu_hour=0.03" JSON=1]
+	@$(CLI) status --corpus '$(CORPUS)' $(flags_set) $(flags_json)
+
+why: $(VENV)/.ready ## all that is known of one object, and its pictures [CORPUS= UID= OUT=out JSON=1]
+	@$(CLI) why --corpus '$(CORPUS)' --uid '$(if $(filter command,$(firstword $(origin UID))),$(UID))' --out '$(OUT)/why' $(flags_json)
 
 report: $(VENV)/.ready ## draw a version: report.html and PNGs [CORPUS= VERSION=latest OUT=out]
 	@$(CLI) report --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/report'
 
-train: $(VENV)/.ready ## train an LRM on a version; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out SET="train.steps=500 ..."]
-	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(flags_set)
+train: $(VENV)/.ready ## train an LRM on a version, here or on RAY_ADDRESS; resumes [CORPUS= VERSION=latest CONFIG=tiny OUT=out WORKERS=8 DRY=1 JSON=1 SET="train.steps=500 ..."]
+	@$(CLI) train --corpus '$(CORPUS)' --version '$(VERSION)' --config '$(CONFIG)' --out '$(OUT)/train' $(if $(WORKERS),--workers '$(WORKERS)') $(if $(DRY),--dry-run) $(flags_set) $(flags_json)
+
+export: $(VENV)/.ready ## weights of a run, averaged ones if it has some, as one safetensors file [CHECKPOINT=out/train OUT=out]
+	@$(CLI) export --checkpoint '$(or $(CHECKPOINT),$(OUT)/train)' --out '$(OUT)/model.safetensors'
+
+learn: $(VENV)/.ready ## does it learn? procedural objects rendered, tiny trained, judged on unseen objects [OUT=out SET="train.steps=1000"]
+	@$(CLI) learn --out '$(OUT)/learn' $(flags_set) --json
 
 weights: $(VENV)/.ready ## fetch the weights of the perceptual loss, 553 MB, verified [WEIGHTS=file; default in ~/.cache]
 	@$(CLI) weights $(if $(WEIGHTS),--out '$(WEIGHTS)')
+
+evaluate: $(VENV)/.ready ## measure a checkpoint on the objects held out [CHECKPOINT=out/train CORPUS= VERSION= OUT=out SET= JSON=1]
+	@$(CLI) evaluate --checkpoint '$(CHECKPOINT)' --corpus '$(CORPUS)' --version '$(VERSION)' --out '$(OUT)/evaluation' $(flags_set) $(flags_json)
+
+infer: $(VENV)/.ready ## a picture, or a folder of them, to mesh, film, views [IMAGE= CHECKPOINT=out/train OUT=out SET="resolution=384" JSON=1]
+	@$(if $(IMAGE),,echo 'error: IMAGE= is empty; name a picture or a folder of pictures' >&2; exit 2;) $(CLI) infer --image '$(IMAGE)' --checkpoint '$(CHECKPOINT)' --out '$(OUT)/infer' $(flags_set) $(flags_json)
 
 bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers on this machine [ARGS="--preset small"]
 	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(if $(filter tests,$(TESTS)),tests --ignore=tests/cluster,$(TESTS))
 
 test-crash: $(VENV)/.ready ## kill and fail at random for TIME_S seconds, hold the corpora to an oracle [TIME_S=600 SEED=1]
 	@$(BIN)/python -m tests.crash.storm --time-s '$(TIME_S)' $(if $(SEED),--seed '$(SEED)')
+
+$(VENV)/.cluster: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[render,train,dev,cluster]'
+	@touch $@
+
+test-cluster: $(VENV)/.cluster ## Ray on several hosts (network namespaces), Slurm, both real: root, iproute2, slurm-wlm, munge [TESTS=tests/cluster]
+	$(BIN)/python -m pytest $(if $(filter command,$(firstword $(origin TESTS))),$(TESTS),tests/cluster)
 
 lint: $(VENV)/.ready ## ruff, mypy, and the layer contracts
 	$(BIN)/ruff check .

@@ -4,8 +4,19 @@ The driver holds references only: a sample goes from the worker that made it to 
 through Ray's object store. Attempts are counted here and in `jobs.produce`, never by Ray (`max_retries=0`): an object
 whose worker dies `limits.max_attempts` times becomes a Failure of kind `quarantined`, so a poison asset cannot loop.
 
-Losing the driver loses the open shards only, at most `workers.open_shards` of them; committed shards are found again
-by their receipts, and running the same command resumes.
+Losing the driver loses the open shards only; committed shards are found again by their receipts, and running the same
+command resumes. At most `workers.open_shards` are open, or as many as it takes to keep every node at work.
+
+Nodes come and go. The driver looks every NODES_EVERY_S seconds: a new node widens the window of objects in flight; with
+a dead one go the results that lay on it, and these objects alone are made again. The loss of a node is not held against
+an object as the death of its worker is, up to MAX_NODE_LOSSES. What takes several times as long as others is late: it
+is sent once more, the first result counts, and it no longer takes the place of another object. A node that is slow, or
+was cut off (Ray may wait minutes for what it sent there, even once it knows the node to be dead), so holds neither a
+shard nor the run.
+
+Results wait in Ray's object store until their shard is assembled. Where they fill half of it, only the shard that is
+first in line gets more objects, so that the store is bounded by that half and one shard. Assembly reserves no CPU: it
+would wait behind every queued object, whose results pile up meanwhile; there are as many at once as nodes.
 
 A plan is frozen when all that can be checked was checked: the list of shards, the nodes, and for a GPU that Blender
 sees it. A mistake leaves nothing behind.
@@ -14,38 +25,52 @@ sees it. A mistake leaves nothing behind.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import socket
+import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 from tqdm import tqdm
 
+from jobs.nodes import agree, count_slots, living, ray_session, versions
 from jobs.produce import Producer, check_device, needs_trial, producer_of
+from jobs.watch import Watch, watched
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.manifest import READ_THREADS, receipt_sizes
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.redistribution import licenses_of_source, refuse_public
 from pipeline.sources import list_assets
-from pipeline.spec import DatasetSpec, WorkerSpec
+from pipeline.spec import DatasetSpec
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
 from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
-OBJECT_STORE_BYTES = 2 * 2**30
+MAX_NODE_LOSSES = 5
+"""So many nodes may die under an object, or a shard, before the object is quarantined, or the run ends."""
+NODES_EVERY_S = 2.0
+FORGIVEN_S = 30.0
+"""A worker that died so shortly before a node did may have died with it."""
+LATE_FACTOR = 4.0
+LATE_S = 60.0
+LATE_AFTER_LOSS_S = 10.0
+"""An object, or an assembly, is late once it took so many times what nine in ten of the last ones took from being sent
+to being done, and LATE_S at least; LATE_AFTER_LOSS_S if a node was lost meanwhile."""
+MAX_COPIES = 3
+STORE_SHARE = 0.5
+"""Share of the cluster's object store that results of shards behind the first may fill."""
+INLINE_BYTES = 100 * 1024
+"""Ray sends smaller results to the driver; larger ones lie on the node that made them, and die with it."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -99,8 +124,29 @@ class _OpenShard:
 
     plan: ShardPlan
     waiting: list[Asset]
-    results: dict[str, Any] = field(default_factory=dict)  # uid -> reference to Sample | Failure
+    results: dict[str, _Result] = field(default_factory=dict)  # by uid
     tries: int = 1
+    losses: int = 0
+    assembly: Any = None  # reference of the one that is under way
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Where the Sample or Failure of an object lies: on `node`, unless it is small."""
+
+    reference: Any
+    node: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """An object that is being made."""
+
+    shard: _OpenShard
+    asset: Asset
+    reference: Any
+    sent_s: float
 
 
 def freeze_plan(spec: DatasetSpec, store: Store) -> PlanSet:
@@ -165,6 +211,8 @@ def _load_plan(store: Store, name: str, fingerprint: str) -> PlanSet:
 
 Work = list[tuple[PlanSet, list[int]]]
 """Frozen plans, and which of their shards are asked for."""
+Todo = list[tuple[PlanSet, int]]
+"""Shards to make. The assets of one are read from its plan when it is opened: as objects they take a KB each."""
 
 
 def run(
@@ -189,14 +237,22 @@ def run(
     summary = Summary(corpus=store.url, plan_set="", fingerprint=fingerprint)
     todo = _todo(store, freeze(), summary) if is_frozen else []
     if todo or not is_frozen:
-        with _ray_session(spec):
+        with ray_session(spec) as is_joined:
             if not is_frozen:
                 _check_device(spec, fingerprint, produce)
                 todo = _todo(store, freeze(), summary)
-            with _progress(summary, show_progress) as bar:
-                _Driver(spec, store, fingerprint, produce, summary, bar).run(todo)
+            wanted = versions() if is_joined else {}
+            with _progress(summary, show_progress) as bar, _watch(spec, store, todo, summary) as watch:
+                _Driver(spec, store, fingerprint, produce, summary, bar, watch, wanted).run(todo)
     summary.elapsed_s = time.monotonic() - begun
     return summary
+
+
+def _watch(spec: DatasetSpec, store: Store, todo: Sized, summary: Summary) -> Watch:
+    done = summary.samples + sum(summary.failures.values())
+    nodes = sorted({str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]})
+    plan_sets = [name for name in summary.plan_set.split(", ") if name]
+    return Watch(spec, store, todo, planned=summary.planned, done=done, nodes=nodes, plan_sets=plan_sets)
 
 
 def _check_workers(spec: DatasetSpec) -> None:
@@ -208,8 +264,8 @@ def _check_workers(spec: DatasetSpec) -> None:
 
 
 def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> None:
-    """Start one Blender where a GPU is asked for, which Ray may see and Blender not; run a hook for masks once."""
-    if not needs_trial(spec, produce):
+    """Try the border, Blender where a GPU is asked for, which Ray may see and Blender not, and a hook for masks."""
+    if not needs_trial(produce):
         return
     workers = spec.workers
     task = _try_device.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name="look for the device")
@@ -221,7 +277,7 @@ def _check_device(spec: DatasetSpec, fingerprint: str, produce: Producer) -> Non
             raise UserError(str(error.cause)) from None
         raise
     except RayError as error:
-        logging.getLogger(__name__).warning("the device could not be looked for: %s", str(error).split("\n", 1)[0])
+        logger.warning("the device could not be looked for: %s", str(error).split("\n", 1)[0])
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
@@ -229,9 +285,9 @@ def _try_device(spec: DatasetSpec, fingerprint: str) -> str:
     return check_device(spec, fingerprint)
 
 
-def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
+def _todo(store: Store, work: Work, summary: Summary) -> Todo:
     """Count what is asked for, and the receipts that exist; return the shards that have none."""
-    todo: list[ShardPlan] = []
+    todo: Todo = []
     summary.plan_set = ", ".join(plan.id for plan, _ in work)
     present = receipt_sizes(store)
     for plan, indexes in work:
@@ -243,7 +299,7 @@ def _todo(store: Store, work: Work, summary: Summary) -> list[ShardPlan]:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for tally in pool.map(lambda plan_id: receipt.tally(store, plan_id, present[plan_id]), done):
                 summary.count(tally)
-        todo += [plan.shards[i] for i in indexes if names[i] not in present]
+        todo += [(plan, i) for i in indexes if names[i] not in present]
     return todo
 
 
@@ -257,115 +313,14 @@ def _progress(summary: Summary, show: bool) -> Iterator[tqdm[Any]]:
         yield bar
 
 
-@contextmanager
-def _ray_session(spec: DatasetSpec) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine; SIGTERM acts like Ctrl-C meanwhile.
-
-    Not promised: for the second in which ray.init connects, SIGTERM belongs to Ray's own C++ handler, which aborts the
-    driver with a stack trace. Its processes end with it and nothing was committed yet.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address:
-        # Ray's warnings about a head that refuses us would bury the one line that says what to do.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
-        _check_reachable(address)
-    options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
-    logs = None
-    if not address:
-        # Ray keeps the logs of every session for ever; one's own folder can go with the session.
-        logs = ScratchFolder(Path("/tmp"), prefix="lrm-ray-")
-        options |= {
-            "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": str(logs.path),
-        }  # fmt: skip
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except SystemExit:  # ray.init puts a SIGTERM handler of its own in place, which exits
-        ray.shutdown()
-        raise KeyboardInterrupt from None
-    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node does not come up in time
-        text = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"Ray at {address or 'this machine'} cannot be reached: {text}; check RAY_ADDRESS, and that "
-            "RAY_AUTH_MODE=token is set with the cluster's token where it asks for one"
-        ) from None
-    # Leaving ends every task of ours: shutdown stops a local cluster, and a joined one kills the workers of a driver
-    # that has gone. ray.cancel(force=True) would only race with replies: Ray 2.60 aborts the driver when it loses.
-    signal.signal(signal.SIGTERM, handler if callable(handler) else _interrupt)
-    try:
-        require_slots(_nodes(), spec.workers)
-        yield
-    finally:
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, handler)
-        if logs is not None:
-            logs.close()
-            ScratchFolder(None, newborn_s=0.5).close()  # killed workers leave their Blender's folder: sweep it
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Return the resources of each living node of the cluster."""
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def count_slots(nodes: Sequence[Mapping[str, float]], workers: WorkerSpec) -> int:
-    """Return how many render tasks run at once on nodes of these Ray resources.
-
-    A task's CPUs are those of one node, and its share is of one GPU: two GPUs hold four tasks of 0.4, not five.
-    """
-    slots = 0
-    for node in nodes:
-        fit = int(node.get("CPU", 0.0) / workers.num_cpus + 1e-6)
-        if workers.num_gpus > 0:
-            fit = min(fit, int(node.get("GPU", 0.0)) * int(1 / workers.num_gpus + 1e-6))
-        slots += fit
-    return slots
-
-
-def require_slots(nodes: Sequence[Mapping[str, float]], workers: WorkerSpec) -> None:
-    """Raise UserError unless a render task fits on some node: Ray would wait for such a node for ever."""
-    if count_slots(nodes, workers):
-        return
-    on_cpu = "--set workers.device=cpu --set workers.num_gpus=0"
-    fitted = [node for node in nodes if node.get("GPU", 0.0) >= 1] if workers.num_gpus > 0 else nodes
-    if not fitted:
-        raise UserError(
-            f"workers.device is {workers.device!r} but Ray sees no GPU on its {len(nodes)} node(s); run where one is, "
-            f"or render on the CPU: {on_cpu}"
-        )
-    cpus = max(node.get("CPU", 0.0) for node in fitted)
-    raise UserError(
-        f"no node{' with a GPU' if workers.num_gpus > 0 else ''} has more than {cpus:g} CPUs but workers.num_cpus is "
-        f"{workers.num_cpus:g}; lower it, such as with --set workers.num_cpus=1"
-    )
-
-
-def _check_reachable(address: str) -> None:
-    """Raise UserError unless somebody listens at RAY_ADDRESS: Ray itself would go on asking for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address in ("auto", "local"):
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"Ray at {address} cannot be reached ({error}); give RAY_ADDRESS=host:port of a running head, "
-            "or unset it to run on this machine"
-        ) from None
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 @ray.remote(max_retries=0, num_returns=2)  # type: ignore[untyped-decorator]
-def _make(produce: Producer, spec: DatasetSpec, fingerprint: str, asset: Asset) -> tuple[dict[str, Any], Any]:
+def _make(
+    produce: Producer, spec: DatasetSpec, fingerprint: str, wanted: Mapping[str, str], asset: Asset
+) -> tuple[dict[str, Any], Any]:
     """Return (what the driver needs to know, the result itself) of one object."""
-    result = produce(spec, fingerprint, asset)
-    if isinstance(result, Failure):
-        return {"kind": result.kind.value, "views": 0}, result
-    return {"kind": None, "views": len(result.views)}, result
+    agree(wanted)
+    status, result = watched(produce, spec, fingerprint, asset)
+    return status | {"node_id": ray.get_runtime_context().get_node_id()}, result
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
@@ -382,27 +337,54 @@ class _Driver:
     """The loop: keep objects in flight, hand finished shards to assembly, count what dies."""
 
     def __init__(
-        self, spec: DatasetSpec, store: Store, fingerprint: str, produce: Producer, summary: Summary, bar: tqdm[Any]
+        self,
+        spec: DatasetSpec,
+        store: Store,
+        fingerprint: str,
+        produce: Producer,
+        summary: Summary,
+        bar: tqdm[Any],
+        watch: Watch,
+        wanted: Mapping[str, str],
     ) -> None:
-        self.spec, self.store, self.fingerprint, self.summary, self.bar = spec, store, fingerprint, summary, bar
-        self.produce = ray.put(produce)
+        self.spec, self.store, self.summary, self.bar, self.watch = spec, store, summary, bar, watch
+        self.given = tuple(ray.put(value) for value in (produce, spec, fingerprint, dict(wanted)))
+        # One name for all: Ray keeps counters by name, 5 KB for each, for as long as the driver lives.
+        self.options = {
+            "num_cpus": spec.workers.num_cpus, "num_gpus": spec.workers.num_gpus, "memory": spec.task_memory_bytes,
+            "name": "make object",
+        }  # fmt: skip
+        self.make = _make.options(**self.options)
         self.open: dict[str, _OpenShard] = {}  # by plan id, first come first
-        self.making: dict[Any, tuple[_OpenShard, Asset, Any]] = {}  # status reference -> shard, asset, result reference
-        self.assembling: dict[Any, _OpenShard] = {}
+        self.making: dict[Any, _Task] = {}  # by status reference
+        self.assembling: dict[Any, tuple[_OpenShard, float]] = {}  # by reference; when it was sent
         self.deaths: Counter[str] = Counter()
+        self.losses: Counter[str] = Counter()
+        self.late: set[Any] = set()  # references of `making`
         self.kinds: Counter[str] = Counter(summary.failures)
-        # One running and one queued a slot: fetches overlap, little is lost.
-        self.window = 2 * max(1, count_slots(_nodes(), spec.workers))
+        self.lasted: deque[float] = deque(maxlen=200)  # seconds from sent to done, of the last objects
+        self.stored: deque[float] = deque(maxlen=50)  # and of the last assemblies
+        self.lost_s = -math.inf  # when a node was last found to be gone
+        self.recent_deaths: list[tuple[float, str]] = []
+        self.nodes: set[str] = set()
+        self.window, self.store_bytes, self.held_bytes, self.looked = 2, 0.0, 0, -NODES_EVERY_S
 
-    def run(self, todo: Sequence[ShardPlan]) -> None:
+    def run(self, todo: Todo) -> None:
         """Make every shard of `todo`, in its order."""
         upcoming = list(reversed(todo))
         while upcoming or self.open:
-            while upcoming and len(self.open) < self.spec.workers.open_shards:
-                plan = upcoming.pop()
+            self._look_at_nodes()
+            while upcoming and len(self.open) < self._most_open():
+                frozen, index = upcoming.pop()
+                plan = frozen.shards[index]
                 self.open[plan.plan_id] = _OpenShard(plan=plan, waiting=list(reversed(plan.assets)))
-            self._submit()
-            done, _ = ray.wait([*self.making, *self.assembling], num_returns=1, timeout=1.0)
+            queues = {"making": len(self.making), "assembling": len(self.assembling), "to_come": len(upcoming)}
+            if self.watch.tick(self.open.values(), **queues):
+                self._submit()
+            if not self.making and not self.assembling:  # paused
+                time.sleep(1.0)
+                continue
+            done = self._wait()
             for reference in done:
                 if reference in self.making:
                     self._made(reference)
@@ -410,93 +392,210 @@ class _Driver:
                     self._assembled(reference)
             self.bar.set_postfix_str(self._postfix(), refresh=not done and sys.stderr.isatty())
 
+    def _wait(self) -> list[Any]:
+        """Return all that is done, once something is; after a second nothing."""
+        references = [*self.making, *self.assembling]
+        done, rest = ray.wait(references, num_returns=1, timeout=1.0, fetch_local=False)
+        if done and rest:  # a wait costs by what is waited for: take everything at once
+            done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
+        return list(done)
+
+    def _most_open(self) -> int:
+        """Return how many shards may be open: what the spec says, or what the window needs and one that ends."""
+        return max(self.spec.workers.open_shards, 1 + -(-self.window // self.spec.shards.objects_per_shard))
+
+    def _look_at_nodes(self) -> None:
+        """Follow nodes that came or went, and double what a slow one holds; every NODES_EVERY_S seconds."""
+        if time.monotonic() - self.looked < NODES_EVERY_S:
+            return
+        self.looked = time.monotonic()
+        nodes = living()
+        shares = [dict(node["Resources"]) for node in nodes]
+        slots = count_slots(shares, self.spec.workers, self.spec.task_memory_bytes)
+        # One running and one queued a slot: fetches overlap, little is lost.
+        self.window = 2 * max(1, slots)
+        self.store_bytes = STORE_SHARE * sum(share.get("object_store_memory", 0.0) for share in shares)
+        now_living = {str(node["NodeID"]) for node in nodes}
+        if self.nodes and now_living != self.nodes:
+            gone = self.nodes - now_living
+            said = f"{len(now_living)} node(s), {slots} object(s) at once"
+            logger.info("nodes: %d came, %d went: %s", len(now_living - self.nodes), len(gone), said)
+            if gone:
+                self.lost_s = time.monotonic()
+                self._forgive()
+                for shard in self.open.values():
+                    self._drop_lost(shard, now_living)
+        self.nodes = now_living
+        self._find_late()
+
+    def _forgive(self) -> None:
+        """Take back deaths of the last seconds: of a node that dies the workers may go first."""
+        for when, uid in self.recent_deaths:
+            if time.monotonic() - when < FORGIVEN_S and self.deaths[uid]:
+                self.deaths[uid] -= 1
+                self.losses[uid] += 1
+        self.recent_deaths.clear()
+
+    def _drop_lost(self, shard: _OpenShard, now_living: set[str]) -> None:
+        """Queue the objects again whose results lay on a node that is gone."""
+        lost = {u for u, r in shard.results.items() if r.num_bytes >= INLINE_BYTES // 2 and r.node not in now_living}
+        self._forget(shard, lost)
+
+    def _forget(self, shard: _OpenShard, uids: set[str]) -> None:
+        for uid in uids:
+            self.held_bytes -= shard.results.pop(uid).num_bytes
+        self.bar.update(-len(uids))
+        shard.waiting += [asset for asset in reversed(shard.plan.assets) if asset.uid in uids]
+
+    def _find_late(self) -> None:
+        """Send once more what is late."""
+        self.late = {ref for ref, task in self.making.items() if self._is_late(task.sent_s, self.lasted)}
+        on_time = {self.making[ref].asset.uid for ref in self.making.keys() - self.late}
+        copies = Counter(task.asset.uid for task in self.making.values())
+        for task in [self.making[ref] for ref in self.late]:
+            uid, shard = task.asset.uid, task.shard
+            wanted = self.open.get(shard.plan.plan_id) is shard and uid not in shard.results
+            if wanted and uid not in on_time and copies[uid] < MAX_COPIES:
+                logger.info("object %s is late (%.0f s): sent once more", uid, time.monotonic() - task.sent_s)
+                on_time.add(uid)
+                self._send(shard, task.asset, scheduling_strategy="SPREAD")
+        for shard, sent_s in self.assembling.values():
+            if shard.assembly is not None and self._is_late(sent_s, self.stored):
+                logger.info("shard %d: its assembly is late: sent once more", shard.plan.index)
+                shard.assembly = None
+
+    def _is_late(self, sent_s: float, lasted: Sequence[float]) -> bool:
+        usual = sorted(lasted)[int(0.9 * len(lasted))] if lasted else LATE_S
+        least = LATE_AFTER_LOSS_S if sent_s < self.lost_s else LATE_S
+        return time.monotonic() - sent_s > max(least, LATE_FACTOR * usual)
+
     def _submit(self) -> None:
-        for shard in self.open.values():
-            while shard.waiting and len(self.making) < self.window:
-                asset = shard.waiting.pop()
-                workers = self.spec.workers
-                task = _make.options(
-                    num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, name=f"make {asset.uid}"[:100]
-                )
-                status, result = task.remote(self.produce, self.spec, self.fingerprint, asset)
-                self.making[status] = (shard, asset, result)
-            if (
-                not shard.waiting
-                and len(shard.results) == len(shard.plan.assets)
-                and shard not in self.assembling.values()
-            ):
+        for place, shard in enumerate(self.open.values()):
+            while shard.waiting and len(self.making) - len(self.late) < self.window:
+                if place and self.held_bytes > self.store_bytes:
+                    break
+                self._send(shard, shard.waiting.pop())
+            if shard.assembly is None and len(shard.results) == len(shard.plan.assets):
                 self._assemble(shard)
 
+    def _send(self, shard: _OpenShard, asset: Asset, **more: Any) -> None:
+        task = _make.options(**self.options, **more) if more else self.make
+        status, result = task.remote(*self.given, asset)
+        self.making[status] = _Task(shard, asset, result, time.monotonic())
+
     def _assemble(self, shard: _OpenShard) -> None:
+        if sum(other.assembly is not None for other in self.open.values()) >= max(1, len(self.nodes)):
+            return
         uids = [asset.uid for asset in shard.plan.assets]
-        references = [shard.results[uid] for uid in uids]
-        task = _assemble.options(num_cpus=0.5, name=f"assemble shard {shard.plan.index}")
-        self.assembling[task.remote(self.store, shard.plan, uids, *references)] = shard
+        references = [shard.results[uid].reference for uid in uids]
+        task = _assemble.options(num_cpus=0, name="assemble shard")
+        shard.assembly = task.remote(self.store, shard.plan, uids, *references)
+        self.assembling[shard.assembly] = (shard, time.monotonic())
 
     def _made(self, reference: Any) -> None:
-        shard, asset, result = self.making.pop(reference)
+        task = self.making.pop(reference)
+        self.late.discard(reference)
+        shard, uid = task.shard, task.asset.uid
         try:
             status = ray.get(reference)
         except RayError as error:
-            self._died(shard, asset, error)
+            self._died(task, error)
             return
-        shard.results[asset.uid] = result
-        self._count(status["kind"], status["views"])
+        if uid in shard.results or self.open.get(shard.plan.plan_id) is not shard:
+            return  # the other one of two was first
+        if self.watch.full(status):
+            if not any(other.asset is task.asset for other in self.making.values()):
+                shard.waiting.append(task.asset)
+            return
+        shard.results[uid] = _Result(task.reference, status["node_id"], status["bytes"])
+        self.lasted.append(time.monotonic() - task.sent_s)
+        self.held_bytes += status["bytes"]
+        self._count(status)
 
-    def _count(self, kind: str | None, views: int) -> None:
-        self.summary.views_rendered += views
-        if kind is not None:
-            self.kinds[kind] += 1
+    def _count(self, status: Mapping[str, Any]) -> None:
+        self.summary.views_rendered += status["views"]
+        if status["kind"] is not None:
+            self.kinds[status["kind"]] += 1
         self.bar.update(1)
+        self.watch.ended(status)
 
-    def _died(self, shard: _OpenShard, asset: Asset, error: RayError) -> None:
+    def _died(self, task: _Task, error: RayError) -> None:
         """Try an object again whose worker died, or quarantine it; what the user must mend ends the run."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
-        self.deaths[asset.uid] += 1
-        if self.deaths[asset.uid] < self.spec.limits.max_attempts:
+        shard, asset = task.shard, task.asset
+        self.watch.died(asset, error)
+        with_node = isinstance(error, NodeDiedError)
+        counts = self.losses if with_node else self.deaths
+        counts[asset.uid] += 1
+        if asset.uid in shard.results or any(other.asset is asset for other in self.making.values()):
+            return  # sent twice, and the other one is there or on its way
+        if not with_node:
+            self.recent_deaths.append((time.monotonic(), asset.uid))
+        if counts[asset.uid] < (MAX_NODE_LOSSES if with_node else self.spec.limits.max_attempts):
             shard.waiting.append(asset)
             return
+        self._quarantine(shard, asset, error, counts[asset.uid])
+
+    def _quarantine(self, shard: _OpenShard, asset: Asset, error: RayError, times: int) -> None:
         raised = isinstance(error, RayTaskError)
-        how = "raised" if raised else "died"
         kind = FailureKind.INTERNAL if raised else FailureKind.QUARANTINED
+        if isinstance(error, OutOfMemoryError):
+            kind = FailureKind.OUT_OF_MEMORY
+        who = "node" if isinstance(error, NodeDiedError) else "worker"
         failure = Failure(
             uid=asset.uid,
             kind=kind,
-            message=f"its worker {how} {self.deaths[asset.uid]} times: {type(error).__name__}",
+            message=f"its {who} {'raised' if raised else 'died'} {times} times: {type(error).__name__}",
             log_tail=str(error),
-            attempts=self.deaths[asset.uid],
+            attempts=times,
         )
-        shard.results[asset.uid] = ray.put(failure)
-        self._count(kind.value, 0)
+        shard.results[asset.uid] = _Result(ray.put(failure), "", 0)
+        self._count({"kind": kind.value, "views": 0})
 
     def _assembled(self, reference: Any) -> None:
-        shard = self.assembling.pop(reference)
+        shard, sent_s = self.assembling.pop(reference)
+        is_current = bool(shard.assembly == reference)
+        if is_current:
+            shard.assembly = None
+        if self.open.get(shard.plan.plan_id) is not shard:
+            return  # the other one of two was first
         try:
             done = ray.get(reference)
         except RayError as error:
-            if shard.tries >= MAX_SHARD_TRIES:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                raise UserError(
-                    f"shard {shard.plan.index} could not be stored in {MAX_SHARD_TRIES} tries: {cause}; "
-                    "nothing of it was committed; mend the cause and run the same command again"
-                ) from None
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {cause}", file=sys.stderr)
-            time.sleep(2.0**shard.tries)
-            self._restart(shard, isinstance(error, RayTaskError))
+            if is_current:
+                self._not_assembled(shard, error)
             return
+        self.stored.append(time.monotonic() - sent_s)
         self.summary.shards_committed += 1
         self.summary.count(done)
+        self.watch.committed(done)
+        self.held_bytes -= sum(result.num_bytes for result in shard.results.values())
         del self.open[shard.plan.plan_id]
 
-    def _restart(self, shard: _OpenShard, keep_results: bool) -> None:
-        """Assemble again; if a node took results with it, make the shard's objects again first."""
-        shard.tries += 1
-        if not keep_results:
-            self.bar.update(-len(shard.results))
-            shard.results.clear()
-            shard.waiting = list(reversed(shard.plan.assets))
+    def _not_assembled(self, shard: _OpenShard, error: RayError) -> None:
+        """Assemble again; what a node took with it is made again first."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        lost = isinstance(cause, NodeDiedError | ObjectLostError)
+        if lost:
+            shard.losses += 1
+        tries, limit = (shard.losses, MAX_NODE_LOSSES) if lost else (shard.tries, MAX_SHARD_TRIES)
+        if tries >= limit:
+            raise UserError(
+                f"shard {shard.plan.index} could not be stored in {tries} tries: {str(cause).strip()}; "
+                "nothing of it was committed; mend the cause and run the same command again"
+            ) from None
+        said = str(cause).strip().split("\n", 1)[0]
+        tqdm.write(f"shard {shard.plan.index}: not stored, trying again: {said}", file=sys.stderr)
+        self.watch.retried(shard.plan, cause)
+        if not lost:
+            shard.tries += 1
+            time.sleep(2.0**tries)
+        num_results = len(shard.results)
+        self.looked = -NODES_EVERY_S
+        self._look_at_nodes()
+        if isinstance(cause, ObjectLostError) and len(shard.results) == num_results:
+            self._forget(shard, set(shard.results))  # lost otherwise than by a node that we know to be dead
 
     def _postfix(self) -> str:
         failed = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))

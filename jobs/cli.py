@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import signal
 import sys
@@ -25,6 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs import logs, verbs_lrm, verbs_watch
+from jobs.options import Corpus, Deep, Json, Overrides, SpecPath, VersionText
 from pipeline.shard import DamagedDataError
 from pipeline.store import StoreError
 from pipeline.types import UserError
@@ -54,16 +55,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     app.command()(run)
     return function
-
-
-SpecPath = Annotated[Path, typer.Option("--spec", help="dataset spec, a TOML file; examples in jobs/specs/")]
-Corpus = Annotated[str, typer.Option("--corpus", help="a folder, or s3://, gs://, az:// URL")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override one key of the spec, such as render.samples=32; repeatable")
-]
-Deep = Annotated[bool, typer.Option(help="read and decode every sample")]
-VersionText = Annotated[str, typer.Option(help="a number, or latest")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 
 
 Shards = Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")]
@@ -410,16 +401,8 @@ def gc(
         typer.echo(json.dumps(found.as_json()))
 
 
-@command
-def status(corpus: Corpus, as_json: Json = False) -> None:
-    """Tell where a corpus stands, from its receipts alone."""
-    from jobs.status import corpus_status, status_text
-    from pipeline.store import open_store
-
-    found = corpus_status(open_store(corpus, must_exist=True))
-    typer.echo(status_text(found), err=as_json)
-    if as_json:
-        typer.echo(json.dumps(found))
+for verb in verbs_watch.VERBS:
+    command(verb)
 
 
 @command
@@ -437,43 +420,8 @@ def report(
     typer.echo(f"wrote {page}", err=True)
 
 
-@command
-def train(
-    corpus: Corpus,
-    out: Annotated[Path, typer.Option(help="folder for checkpoints and metrics; an existing one is resumed")],
-    version: Annotated[str, typer.Option(help="a number, or latest")] = "latest",
-    config: Annotated[str, typer.Option(help="tiny, small, paper, or a TOML file")] = "tiny",
-    overrides: Overrides = None,
-) -> None:
-    """Train an LRM on a version, streamed by ranged reads; resumes from the newest checkpoint in --out."""
-    from lrm.config import load_config
-    from lrm.train import TrainingError
-    from lrm.train import train as run
-    from pipeline.version import parse_version
-
-    try:
-        result = run(load_config(config, overrides or ()), corpus, parse_version(version), out)
-    except TrainingError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    if result.stopped:
-        raise KeyboardInterrupt
-
-
-@command
-def weights(
-    out: Annotated[
-        Path | None, typer.Option(help="file to write; training looks in the cache folder by default")
-    ] = None,
-) -> None:
-    """Fetch and verify the published weights of the perceptual loss (553 MB, once)."""
-    from jobs.weights import make_weights
-    from lrm.losses import default_lpips_path
-    from pipeline.spec import FetchSpec
-
-    path = out or default_lpips_path()
-    make_weights(path, spec=FetchSpec())
-    typer.echo(f"wrote {path}", err=True)
+for verb in verbs_lrm.VERBS:  # here, so that --help tells the verbs in the order of the work
+    command(verb)
 
 
 @command
@@ -489,12 +437,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     # Idle OpenMP threads that spin take the cores from Blender and from the loader: 6 s a step instead of 0.25 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("pipeline", "render", "lrm", "jobs"):  # ours only: libraries keep their own counsel
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
     try:
+        logs.setup()
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

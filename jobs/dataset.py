@@ -62,6 +62,8 @@ class Rebuild:
         self.produce, self.producer = producer_of(spec)
         self.fingerprint = spec.fingerprint(self.producer)
         assets = list_assets(spec)
+        if not assets:  # an empty version would be published of a source that is not there
+            raise UserError(f"spec {spec.name}: the source lists no assets; check its path, uids or categories")
         check_keys(assets)
         self.listing = Listing.of(assets_table(assets))
 
@@ -98,7 +100,12 @@ class Rebuild:
                 return self.look().open_work
             return [(plan, list(range(len(plan.shards))))] if plan is not None else []
 
-        return run(self.spec, self.store, freeze, produce or self.produce, show_progress, is_frozen=False)
+        spec = self.spec
+        if kinds is not None or found.counts["retried"] > found.pending.num_rows / 2:
+            # What failed before mostly fails again: that says nothing of a cause that would be worth stopping for.
+            workers = spec.workers.model_copy(update={"max_failure_share": 1.0})
+            spec = spec.model_copy(update={"workers": workers})
+        return run(spec, self.store, freeze, produce or self.produce, show_progress, is_frozen=False)
 
 
 def _views_of(spec: DatasetSpec) -> int | None:

@@ -1,6 +1,6 @@
 """The ingest child: one process that makes samples of captures, one after the other, from bytes that it is handed.
 
-    python -P -s -m jobs.ingest_child --result-fd N --parent-pid N --memory-bytes N --threads N --device cpu
+    python -P -s -m render.border jobs.ingest_child --result-fd N --parent-pid N --memory-bytes N --threads N ...
 
 It opens strangers' photos and models, so it is confined like the Blender child and has neither network nor
 credentials; it therefore cannot read object storage itself, and asks its supervisor for each member by number:
@@ -16,12 +16,13 @@ Both directions are framed by `render.wire`. Neither bpy nor Ray is imported her
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +57,15 @@ class _Line:
             wire.send(self.result_fd, header, payload)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answer requests from stdin until it ends."""
-    args, network = confine.enter(argv)
+def main(args: argparse.Namespace, sandbox: str) -> int:
+    """Answer requests from stdin until it ends; `sandbox` says what confines us."""
     import cv2
 
     from pipeline.mvimgnet import ingest
 
     cv2.setNumThreads(args.threads)
     line = _Line(args.result_fd, threading.Lock())
-    line.tell({"type": "ready", "network": network})
+    line.tell({"type": "ready", "sandbox": sandbox})
     while True:
         try:
             request, names = receive(0)
@@ -189,9 +189,3 @@ def _exactly(fd: int, num_bytes: int) -> bytes:
             raise EOFError
         start += num_read
     return bytes(data)
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)

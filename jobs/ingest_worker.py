@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +43,7 @@ from pipeline.types import (
     View,
 )
 from render import wire
-from render.process import ChildProcess
+from render.process import ChildProcess, child_command
 from render.supervisor import Supervisor
 
 START_DEADLINE_S = 120.0
@@ -96,7 +96,6 @@ class IngestWorker(Supervisor):
             spec, default_command() if child_command is None else child_command, fingerprint=fingerprint,
             num_threads=num_threads, max_payload_bytes=most, scratch_dir=scratch_dir,
         )  # fmt: skip
-        self._network = ""
 
     def ingest(self, asset: Asset, capture: OpenCapture) -> Sample:
         """Make the sample of one capture; `capture` is closed when this returns or raises.
@@ -124,7 +123,7 @@ class IngestWorker(Supervisor):
             sample,
             provenance={
                 **(told if isinstance(told, dict) else {}),
-                "network": self._network,
+                "sandbox": self.sandbox,
                 "num_threads": self._num_threads,
                 "seconds": {name: round(value, 4) for name, value in seconds.items()},
             },
@@ -182,14 +181,17 @@ class IngestWorker(Supervisor):
 
     def _ensure_child(self) -> ChildProcess:
         if self._child is None:
+            weights = os.environ.get("U2NET_HOME") or str(Path("~/.u2net").expanduser())
+            command = self._spec.capture.mask_command
             child, header = self._launch(
                 START_DEADLINE_S,
                 num_threads=1,  # of BLAS, whose sums depend on their number; frames have threads of their own
-                variables={"U2NET_HOME": os.environ.get("U2NET_HOME") or str(Path("~/.u2net").expanduser())},
+                read=[] if command is None else [Path(weights)],
+                run=[] if command is None else program_folders(command),
+                variables={"U2NET_HOME": weights},
             )
             if header["type"] != "ready":
                 self._fail(self.crash_kind, f"the child said {header['type']!r} before it was ready")
-            self._network = str(header.get("network", ""))[:10]
             return child
         return self._child
 
@@ -274,8 +276,19 @@ class IngestWorker(Supervisor):
 
 
 def default_command() -> list[str]:
-    """Return the command of the real child: -P keeps the working folder off sys.path."""
-    return [sys.executable, "-P", "-s", "-m", "jobs.ingest_child"]
+    """Return the command of the real child: the module behind the border."""
+    return child_command("jobs.ingest_child")
+
+
+def program_folders(command: str) -> list[Path]:
+    """Return what a command for masks needs to be let at: its program's folder and the files among its arguments."""
+    try:
+        words = [Path(word) for word in shlex.split(command)]
+    except ValueError:
+        return []  # `pipeline.masks` says what is wrong with it
+    there = [word for word in words if word.is_absolute() and word.exists()]
+    programs = [folder for word in there[:1] for folder in (word.parent, word.resolve().parent)]
+    return [*programs, *there[1:]]
 
 
 def _numbered(files: CaptureFiles) -> tuple[dict[str, Any], list[str]]:

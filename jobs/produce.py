@@ -25,6 +25,7 @@ from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec, digest_json
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.confine import full_disk
+from render.trial import BorderTrial
 from render.worker import RenderWorker
 
 Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
@@ -92,18 +93,16 @@ def _try(
             return replace(sample, provenance=dict(sample.provenance) | _where(begun) | {"attempts": attempt})
         if not failure.retryable:
             break
-    return replace(failure, provenance=_where(begun))
+    return replace(failure, provenance=_where(begun) | _behind())
 
 
-def needs_trial(spec: DatasetSpec, produce: Producer) -> bool:
-    """Whether the spec asks for a GPU, or for a hook, that may not be there."""
-    if produce is ingest_capture:
-        return spec.capture.mask_command is not None
-    return produce is render_asset and spec.workers.device != "cpu"
+def needs_trial(produce: Producer) -> bool:
+    """Whether a producer opens files of strangers: then the border, the GPU or the hook for masks may not be there."""
+    return produce in (render_asset, ingest_capture)
 
 
 def check_device(spec: DatasetSpec, fingerprint: str) -> str:
-    """Start this process's Blender, or run the hook for masks, so that one that is not there is known beforehand.
+    """Try the border, this process's Blender for a GPU, and the hook for masks, before a plan is frozen.
 
     Returns:
         What the hook said, if it failed on a test picture; that need not mean that it fails on photos.
@@ -112,9 +111,13 @@ def check_device(spec: DatasetSpec, fingerprint: str) -> str:
         UserError: what the user must mend, such as a GPU that is not there.
     """
     try:
-        if spec.is_captured:
-            return _worker(IngestWorker, spec, fingerprint).check_hook()
-        _worker(RenderWorker, spec, fingerprint).start()
+        if spec.is_captured and spec.capture.mask_command is not None:
+            return _worker(IngestWorker, spec, fingerprint).check_hook()  # behind the border, so that is tried too
+        if spec.workers.device != "cpu":
+            _worker(RenderWorker, spec, fingerprint).start()
+        else:
+            with BorderTrial(spec) as trial:
+                trial.check()
     except UserError as error:
         raise UserError(f"{error} (on {socket.gethostname()})") from None
     except AssetError:
@@ -178,6 +181,12 @@ def close_worker() -> None:
 
 def _where(begun: float) -> dict[str, object]:
     return {"worker": socket.gethostname(), "finished_at": _now(), "elapsed_s": round(time.monotonic() - begun, 3)}
+
+
+def _behind() -> dict[str, object]:
+    """Return what confined the child of this process, for rows of failures; nothing where none was started."""
+    used = [worker.sandbox for worker in _workers.values() if worker.sandbox]
+    return {"sandbox": used[0]} if used else {}
 
 
 def _now() -> str:

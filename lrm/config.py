@@ -28,6 +28,9 @@ class EncoderConfig(BaseModel):
     """The image encoder: a ViT whose tokens, all of them, are the keys and values of the decoder."""
 
     model_config = Strict
+    kind: Literal["vit", "dinov2"] = Field(
+        "vit", description="vit: DINO and plain ViTs; dinov2: DINOv2 without registers"
+    )
     weights: str = Field(
         description="folder or hub name of pretrained ViT weights; empty starts from random; paper: DINO"
     )
@@ -99,6 +102,12 @@ class DataConfig(BaseModel):
 
     model_config = Strict
     side_views: int = Field(ge=0, le=31, description="views beside the input view that are rendered; paper 3, so V = 4")
+    max_views: int = Field(
+        0, ge=0, le=999, description="views of an object that training draws from, its first; 0 is all; paper 32"
+    )
+    input_views: int = Field(
+        0, ge=0, le=999, description="those of them that the input is drawn from, the first; 0 is all, as in the paper"
+    )
     min_render_px: int = Field(ge=8, description="least size a target view is resized to; paper 128")
     max_render_px: int = Field(ge=8, description="largest such size; paper 384")
     patch_px: int = Field(ge=8, description="side of the square cut from a resized target view; paper 128")
@@ -162,6 +171,25 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(ge=1, description="newest checkpoints kept")
     log_every_steps: int = Field(ge=1)
     max_skipped_steps: int = Field(100, ge=0, description="steps without a finite gradient before the run stops")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="with several ranks: ddp holds all on each; fsdp (FSDP2) shards parameters, moments, averages",
+    )
+    compile: Literal["", "inductor", "aot_eager"] = Field(
+        "", description="backend of torch.compile, a transformer block at a time; empty compiles nothing"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each transformer block, and compute it again in the backward pass"
+    )
+    heldout_every_steps: int = Field(
+        0, ge=0, description="steps between measurements of PSNR on unseen views of held-out objects; 0 never"
+    )
+    heldout_objects: int = Field(8, ge=1, description="held-out objects that are measured, evenly spaced")
+    pictures_every_steps: int = Field(
+        0, ge=0, description="steps between pictures of input, targets and predictions in OUT/pictures; 0 never"
+    )
+    tensorboard: bool = Field(False, description="write metrics and pictures to OUT/tensorboard too")
+    wandb_project: str = Field("", description="send metrics and pictures to this project of Weights & Biases too")
 
 
 class RunConfig(BaseModel):

@@ -175,6 +175,8 @@ def loader_options(config: DataConfig) -> LoaderOptions:
     return LoaderOptions(
         seed=config.seed,
         mix=config.source_copies,
+        max_views=config.max_views,
+        input_views=config.input_views,
         block_shards=config.block_shards if config.cache_dir else 0,
         num_threads=config.num_threads,
         prefetch_batches=config.prefetch_batches,

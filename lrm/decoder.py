@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lrm.cameras import CAMERA_NUMBERS
 from lrm.config import DecoderConfig
@@ -93,6 +94,7 @@ class TriplaneDecoder(nn.Module):
         super().__init__()
         width = config.width
         self.token_grid = config.token_grid
+        self.checkpointing = False  # whether a layer's activations are computed again in the backward pass
         planes = torch.randn(3, 1, width) * PLANE_CODE_STD
         self.tokens = nn.Parameter((fourier_grid(config.token_grid, width) + planes).flatten(0, 1))
         self.camera_embedding = nn.Sequential(nn.Linear(CAMERA_NUMBERS, width), nn.SiLU(), nn.Linear(width, width))
@@ -106,7 +108,10 @@ class TriplaneDecoder(nn.Module):
         embedding = self.camera_embedding(camera)
         tokens = self.tokens.expand(batch, -1, -1)
         for layer in self.layers:
-            tokens = layer(tokens, image_tokens, embedding)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, image_tokens, embedding, use_reentrant=False)
+            else:
+                tokens = layer(tokens, image_tokens, embedding)
         maps = self.norm(tokens).reshape(batch * 3, grid, grid, -1).permute(0, 3, 1, 2)
         out: Tensor = self.upsample(maps).unflatten(0, (batch, 3))
         return out

@@ -54,6 +54,7 @@ Batch = dict[str, Tensor]
 Fields = Mapping[str, NDArray[Any]]
 STATE_SCHEMA = 2
 MAX_ATTEMPTS = 1000
+MAX_VIEWS = 999  # an object, as the spec allows
 MAX_SAMPLES_AHEAD = 512  # small views: what is asked for costs memory and time of its own
 
 
@@ -78,9 +79,11 @@ class Preparer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
-    """How a loader works; of these only seed, mix and block_shards change what it yields."""
+    """How a loader works; only seed, mix, max_views, input_views and block_shards change what it yields."""
 
     seed: int = 0
+    max_views: int = 0  # views of an object to draw from, its first; 0 is all
+    input_views: int = 0  # those of them that may be the input, the first; 0 is all
     mix: Mapping[str, float] = field(default_factory=dict)
     block_shards: int = 0
     num_threads: int = 2
@@ -214,8 +217,8 @@ class BatchLoader:
         index = reader.index
         self.order = SampleOrder.build(
             sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
-            num_views=index.num_views, views_per_sample=preparer.num_views, seed=options.seed, mix=options.mix,
-            block_shards=options.block_shards,
+            num_views=np.minimum(index.num_views, options.max_views or MAX_VIEWS), views_per_sample=preparer.num_views,
+            seed=options.seed, input_views=options.input_views, mix=options.mix, block_shards=options.block_shards,
         )  # fmt: skip
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._local = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
@@ -250,6 +253,8 @@ class BatchLoader:
             "schema": STATE_SCHEMA,
             "version_digest": self._reader.digest,
             "seed": self._options.seed,
+            "max_views": self._options.max_views,
+            "input_views": self._options.input_views,
             "mix": dict(self.order.mix),
             "block_shards": self.order.block_shards,
             "num_slots": len(self.order),

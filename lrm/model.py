@@ -99,6 +99,11 @@ class LRM(nn.Module):
         planes = self.planes(image, camera)
         return self.render(planes, world_from_camera, intrinsics, window_px, window_px, jitter)
 
+    def checkpoint_activations(self) -> None:
+        """From now on keep only the input of each transformer block for the backward pass."""
+        self.encoder.checkpoint_activations()
+        self.decoder.checkpointing = True
+
     def parameter_counts(self) -> ParameterCounts:
         """Count the learnable numbers of each part."""
 

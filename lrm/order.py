@@ -78,10 +78,16 @@ class KeyedDraws:
         self._count += 1
         return (mix64(self._key ^ mix64(self._count)) * bound) >> 64
 
-    def choose(self, num: int, bound: int) -> list[int]:
-        """Return `num` different integers of [0, bound), in random order (partial Fisher-Yates)."""
-        pool = list(range(bound))
-        for i in range(num):
+    def choose(self, num: int, bound: int, first_below: int = 0) -> list[int]:
+        """Return `num` different integers of [0, bound), in random order (partial Fisher-Yates).
+
+        The first of them lies below `first_below`, if that is given.
+        """
+        pool, begin = list(range(bound)), 0
+        if 0 < first_below < bound:
+            j, begin = self.below(first_below), 1
+            pool[0], pool[j] = pool[j], pool[0]
+        for i in range(begin, num):
             j = i + self.below(bound - i)
             pool[i], pool[j] = pool[j], pool[i]
         return pool[:num]
@@ -127,6 +133,7 @@ class SampleOrder:
         unit_copies: [u] times each unit enters an epoch.
         num_views: [rows of the version] views of every row.
         views_per_sample: views to draw from each, the input view included.
+        input_views: views that the input may be, the first of each object; 0 is all.
         seed: seed of the order.
         mix: times each source enters an epoch, by name, those of the version alone.
         block_shards: shards of a block; 0 is the full order.
@@ -140,6 +147,7 @@ class SampleOrder:
     unit_copies: NDArray[np.int32]
     num_views: NDArray[np.int16]
     views_per_sample: int
+    input_views: int
     seed: int
     mix: Mapping[str, float]
     block_shards: int
@@ -155,6 +163,7 @@ class SampleOrder:
         num_views: NDArray[np.int16],
         views_per_sample: int,
         seed: int,
+        input_views: int = 0,
         mix: Mapping[str, float] | None = None,
         block_shards: int = 0,
     ) -> SampleOrder:
@@ -166,6 +175,7 @@ class SampleOrder:
             shard: [n] shard of each row.
             heldout: [n] whether a row is kept out of training.
             num_views: [n].
+            input_views: views that the input may be, the first of each object; 0 is all.
             mix: times each source enters an epoch; those not named enter once, names not in the version are ignored.
 
         Raises:
@@ -201,6 +211,7 @@ class SampleOrder:
             unit_copies=copies[source[rows[unit]]],
             num_views=num_views,
             views_per_sample=views_per_sample,
+            input_views=input_views,
             seed=seed,
             mix=weights,
             block_shards=block_shards,
@@ -221,7 +232,7 @@ class SampleOrder:
             place = KeyedDraws(derive_seed("substitute", self.seed, consumed, attempt)).below(len(self))
         row = self._blocked(epoch, place) if self.block_shards else self._permuted(epoch, place)
         draws = KeyedDraws(derive_seed("views", self.seed, epoch, place, attempt))
-        views = draws.choose(self.views_per_sample, int(self.num_views[row]))
+        views = draws.choose(self.views_per_sample, int(self.num_views[row]), self.input_views)
         return Draw(row=row, views=tuple(views), crop_key=derive_seed("crops", self.seed, epoch, place, attempt))
 
     def _permuted(self, epoch: int, position: int) -> int:

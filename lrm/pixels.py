@@ -21,6 +21,7 @@ from pipeline.shard import DamagedDataError
 from pipeline.types import Camera, Float64
 
 Float32 = NDArray[np.float32]
+Uint8 = NDArray[np.uint8]
 WHITE = (1.0, 1.0, 1.0)
 _scratch = threading.local()
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and predicted views beside true ones.
+"""Pictures of a run: its loss curve, and predicted views beside true ones, while it trains and afterwards.
 
 A preview is not an evaluation: by default it shows objects that were trained on, from one input view, seen again from
 another view of the corpus. Its PSNR is stated beside that of a baseline that knows no object at all: the mean of the
@@ -7,6 +7,7 @@ true views, over other views of the same objects.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,12 @@ from lrm.data import input_fields, normalized_poses
 from lrm.losses import psnr_db
 from lrm.metrics import read_metrics
 from lrm.model import LRM
-from lrm.pixels import Float32, cut_window, decode_view, resize_image
+from lrm.pixels import Float32, Uint8, cut_window, decode_view, resize_image
+from lrm.ranks import Ranks
 from pipeline.reader import VersionReader
 from pipeline.types import Float64, UserError
+
+log = logging.getLogger(__name__)
 
 MAX_BASELINE_VIEWS = 64
 GAP_PX = 2
@@ -79,13 +83,17 @@ def predict_views(
     novel = zip(images[1:], cameras[1:])
     truths = [cut_window(image, camera.intrinsics, image_px, 0, 0, image_px) for image, camera in novel]
 
-    def tensor(value: Float32 | Float64) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(value, np.float32))[None]
+    device = next(model.parameters()).device
 
-    planes = model.planes(tensor(fields["input_image"]), tensor(fields["input_camera"]))
+    def tensor(value: Float32 | Float64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value, np.float32))[None].to(device)
+
     intrinsics = np.stack([truth.intrinsics for truth in truths])
-    rendered = model.render(planes, tensor(poses[1:]), tensor(intrinsics), image_px, image_px)
-    predicted = rendered.rgb[0].clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    # As a whole: a model whose parameters are spread over ranks is gathered by its call alone.
+    rendered = model(
+        tensor(fields["input_image"]), tensor(fields["input_camera"]), tensor(poses[1:]), tensor(intrinsics), image_px
+    )
+    predicted = rendered.rgb[0].float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     return resize_image(images[0], image_px, image_px), [truth.image for truth in truths], list(predicted)
 
 
@@ -119,6 +127,77 @@ def _sheet(lines: list[list[Float32]]) -> Float32:
     return sheet
 
 
+def _pixels(image: Float32) -> Uint8:
+    out: Uint8 = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return out
+
+
+def _write_png(path: Path, pixels: Uint8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: OpenCV could not write the picture")
+
+
+def _novel_views(reader: VersionReader, row: int, count: int) -> list[int]:
+    """Return view 0, which is given, and `count` others that stand evenly among the rest; fewer where it has fewer."""
+    num_views = reader.rows["num_views"][row].as_py()
+    count = min(count, num_views - 1)
+    return [0, *(1 + (i + 1) * (num_views - 1) // (count + 1) for i in range(count))]
+
+
+class HeldOut:
+    """Objects that a run looks at now and then: PSNR on views it is not given, and a sheet of pictures.
+
+    They are of the held-out split where the version has one, else of the training split, and `split` says which. The
+    weights are those in training, not the averaged ones. No random number is drawn, and no state of the run changes.
+    """
+
+    NOVEL_VIEWS = 3
+    MAX_IMAGE_PX = 128
+
+    def __init__(self, reader: VersionReader, config: RunConfig, ranks: Ranks, rows: list[int], split: str) -> None:
+        self._reader, self._config, self._ranks, self._rows, self.split = reader, config, ranks, rows, split
+        self._image_px = min(self.MAX_IMAGE_PX, config.data.max_render_px)
+
+    @classmethod
+    def of(cls, reader: VersionReader, config: RunConfig, ranks: Ranks) -> HeldOut | None:
+        """Return what the config asks for, or None if that is nothing."""
+        if not (config.train.heldout_every_steps or config.train.pictures_every_steps):
+            return None
+        split: Literal["train", "heldout"] = "heldout" if any(reader.rows["heldout"].to_pylist()) else "train"
+        if split == "train":
+            log.warning(
+                "version %d holds no object out: PSNR and pictures are of training objects (psnr_train); "
+                "publish one with split.heldout_per_mille above 0 for unseen ones", reader.number,
+            )  # fmt: skip
+        return cls(reader, config, ranks, _pick_rows(reader, config.train.heldout_objects, split), split)
+
+    def look(self, model: LRM) -> tuple[float, Uint8]:
+        """Return the mean PSNR in dB over objects and novel views, and a sheet [H, W, 3] of this rank's objects.
+
+        Every rank calls this; each predicts its share of the objects.
+        """
+        ranks, scores, lines = self._ranks, [], []
+        own = self._rows[ranks.rank :: ranks.size]
+        rounds = -(-len(self._rows) // ranks.size)  # alike on all ranks, as a sharded model needs
+        precise = self._config.train.precision == "fp32"
+        for turn in range(rounds):
+            row = own[turn] if turn < len(own) else self._rows[0]
+            views = _novel_views(self._reader, row, self.NOVEL_VIEWS)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=not precise):
+                given, truths, predicted = predict_views(model, self._config, self._reader, row, views, self._image_px)
+            if turn < len(own):
+                scores += [_psnr(a, b) for a, b in zip(truths, predicted)]
+            lines.append([given, *(tile for pair in zip(truths, predicted) for tile in pair)])
+        total = ranks.mean(torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=ranks.device))
+        return float(total[0] / total[1]), _pixels(_sheet(lines))
+
+    def write(self, path: Path, sheet: Uint8) -> Path:
+        """Write a sheet as PNG: a line an object, the input view, then pairs of (true, predicted)."""
+        _write_png(path, sheet)
+        return path
+
+
 def write_predictions(
     checkpoint_dir: str | Path,
     reader: VersionReader,
@@ -143,17 +222,11 @@ def write_predictions(
     baseline = _mean_view(reader, rows, image_px)
     lines, scores, baseline_scores = [], [], []
     for row in rows:
-        num_views = reader.rows["num_views"][row].as_py()
-        count = min(num_novel_views, num_views - 1)
-        views = [0, *(1 + (i + 1) * (num_views - 1) // (count + 1) for i in range(count))]
+        views = _novel_views(reader, row, num_novel_views)
         given, truths, predicted = predict_views(model, config, reader, row, views, image_px)
         lines.append([given, *(tile for pair in zip(truths, predicted) for tile in pair)])
         scores += [_psnr(a, b) for a, b in zip(truths, predicted)]
         baseline_scores += [_psnr(truth, baseline) for truth in truths]
-    pixels = np.rint(np.clip(_sheet(lines), 0, 1) * 255).astype(np.uint8)
-    path = Path(png_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: OpenCV could not write the picture")
+    _write_png(Path(png_path), _pixels(_sheet(lines)))
     means = {"psnr_db": float(np.mean(scores)), "baseline_psnr_db": float(np.mean(baseline_scores))}
     return {"step": int(state["step"]), "split": split, "objects": len(rows), **means}

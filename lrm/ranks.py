@@ -43,6 +43,11 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.size
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def from_first(self, value: Any) -> Any:
         """Return the first rank's picklable value on every rank."""
         if self.size == 1:
@@ -78,7 +83,8 @@ def joined_ranks(wanted: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     ours = size > 1 and not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Checkpoints speak over a group of their own, on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=rank, size=size, device=device)
     finally:

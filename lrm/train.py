@@ -3,13 +3,13 @@
     python -m lrm.train --corpus FOLDER_OR_URL --version latest --config tiny --out runs/a --set train.steps=100
     torchrun --nproc-per-node 8 -m lrm.train --config paper ...
 
-One step: a batch of the rank, triplanes, V patches an object, MSE and LPIPS, backward, clip, AdamW. Everything random
-is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and started again goes on
-from its newest checkpoint and logs the losses it would have logged. SIGTERM and SIGINT finish the step, save, and stop;
-a second one stops at once.
+Everything random is a function of (seed, step, rank) or of the sample's position, so that a run that was killed and
+started again goes on from its newest checkpoint and logs the losses it would have logged. SIGTERM, SIGINT, or a file
+called `stop` in the run's folder finish the step, save, and stop; a second signal stops at once. Checkpoints are
+written while training goes on (`lrm.checkpoint`); a run that ends has its last one on the disk.
 
-A step whose gradient is not finite changes nothing, is counted, and past `max_skipped_steps` ends the run. The decision
-falls after the gradients are averaged, so all ranks take it alike. Ranks share `out_dir`; the first one writes.
+Past `max_skipped_steps` steps without a finite gradient the run ends. Ranks share `out_dir`; the first one writes
+metrics and pictures, all write checkpoints.
 
 On a machine with other work, OpenMP's spinning threads can make a CPU step 20 times slower with 2 threads than with 1
 (measured: 6 s against 0.25 s for `tiny`); OMP_WAIT_POLICY=PASSIVE in the environment cures it.
@@ -25,39 +25,46 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from lrm.checkpoint import State, newest_checkpoint, read_checkpoint, remove_strays, save_checkpoint
+from lrm.checkpoint import (
+    WEIGHTS_NAME,
+    Checkpoint,
+    Saver,
+    export_weights,
+    newest_checkpoint,
+    remove_strays,
+)
 from lrm.config import RunConfig, load_config
-from lrm.data import Batch, Loader, open_reader
-from lrm.losses import Lpips, load_lpips, mse_loss, psnr_db
-from lrm.metrics import METRICS_NAME, append_metrics, rewind_metrics
-from lrm.model import LRM
-from lrm.optim import build_optimizer, learning_rate
+from lrm.data import Loader, open_reader
+from lrm.losses import load_lpips, psnr_db
+from lrm.metrics import Clock, Recorder, check_recorders
+from lrm.optim import learning_rate
+from lrm.preview import HeldOut
 from lrm.ranks import Ranks, joined_ranks
+from lrm.trainer import Trainer, TrainingError, build_model
 from pipeline.reader import DamagedDataError
-from pipeline.types import UserError, derive_seed
+from pipeline.store import StoreError
+from pipeline.types import UserError
 from pipeline.version import parse_version
+
+__all__ = ["STOP_NAME", "TrainResult", "Trainer", "TrainingError", "build_model", "main", "stop_signals", "train"]
 
 log = logging.getLogger(__name__)
 
-FREE_MODEL_SETTINGS = ("model.volume.renderer", "model.volume.chunk_rays")
-"""Settings of the model that say how it is computed, not what it is; a resumed run may change them."""
+STOP_NAME = "stop"
+"""A file of this name in the run's folder stops it like SIGTERM does, from any machine that sees the folder."""
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: too many steps without a finite gradient."""
+STOP_POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,218 +111,120 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def build_model(config: RunConfig, *, load_weights: bool) -> LRM:
-    """Build the model; its initial weights are a function of train.seed, and the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(derive_seed("weights", config.train.seed))
-        return LRM(config.model, load_weights=load_weights)
+class _Run:
+    """The steps of a call of `train`, and what happens between them."""
+
+    def __init__(self, trainer: Trainer, saver: Saver, out_dir: Path, heldout: HeldOut | None, stop: threading.Event):
+        self.trainer, self.saver, self.out_dir, self.heldout, self.stop = trainer, saver, out_dir, heldout, stop
+        self.config, self.ranks = trainer.config.train, trainer.ranks
+        self.clock = Clock(trainer.loader.stats, trainer.config, trainer.ranks)
+        self.recorder = Recorder(out_dir, trainer.config, trainer.step) if trainer.ranks.is_first else None
+        self.loss: float | None = None
+        self._polled_s = 0.0
+
+    def steps(self) -> bool:
+        """Take the steps that are left; returns whether a signal ended them early."""
+        trainer, config, stopped = self.trainer, self.config, False
+        bar = tqdm(
+            total=config.steps, initial=trainer.step, disable=not self.ranks.is_first, desc="train", unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
+        with bar:
+            while trainer.step < config.steps and not stopped:
+                rate = learning_rate(trainer.step, config)
+                norm = trainer.train_step(next(trainer.loader))
+                bar.update()
+                measured = self._look()
+                if trainer.step % config.log_every_steps == 0 or trainer.step == config.steps or measured:
+                    self._log({"lr": rate, "grad_norm": norm} | measured)
+                    bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+                stopped = self.ranks.any(self._asked_to_stop())
+                if trainer.step % config.checkpoint_every_steps == 0 or stopped or trainer.step == config.steps:
+                    self.saver.save(trainer.tensors(), trainer.state())
+        self.saver.wait()
+        return stopped and trainer.step < config.steps
+
+    def _log(self, more: dict[str, Any]) -> None:
+        trainer = self.trainer
+        means = []
+        for window in (trainer.window, trainer.mse_window):
+            means.append(sum(window) / len(window) if window else math.nan)
+            window.clear()
+        self.loss = means[0]
+        line = {"step": trainer.step, "loss": means[0], "psnr": psnr_db(means[1])} | more
+        if self.recorder is not None:
+            self.recorder.write(line | self.clock.read() | {"skipped": trainer.skipped})
+
+    def _look(self) -> dict[str, float]:
+        """Measure and draw held-out objects where this step asks for it; all ranks take part."""
+        step, config = self.trainer.step, self.config
+        measure = config.heldout_every_steps and step % config.heldout_every_steps == 0
+        draw = config.pictures_every_steps and step % config.pictures_every_steps == 0
+        if self.heldout is None or not (measure or draw):
+            return {}
+        start_s = time.perf_counter()
+        psnr, sheet = self.heldout.look(self.trainer.model)
+        if draw and self.recorder is not None:
+            path = self.heldout.write(self.out_dir / "pictures" / f"step-{step:08d}.png", sheet)
+            self.recorder.draw(step, path, sheet)
+        self.clock.leave_out(time.perf_counter() - start_s)
+        return {f"psnr_{self.heldout.split}": psnr} if measure else {}
+
+    def _asked_to_stop(self) -> bool:
+        if self.ranks.is_first and time.monotonic() - self._polled_s > STOP_POLL_S:
+            self._polled_s = time.monotonic()
+            path = self.out_dir / STOP_NAME
+            if path.exists():
+                path.unlink(missing_ok=True)
+                log.warning("%s: stopping after this step", path)
+                self.stop.set()
+        return self.stop.is_set()
+
+    def close(self) -> None:
+        """Let go of what the run writes to."""
+        if self.recorder is not None:
+            self.recorder.close()
 
 
-class Trainer:
-    """The state of a run and its one step."""
+def _share_folder(out_dir: Path, ranks: Ranks) -> None:
+    """Make the run's folder, clear it of what a killed run left, and check that all ranks see the same one.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        loader: Loader,
-        version_digest: str,
-        ranks: Ranks,
-        saved: State | None,
-        lpips: Lpips | None = None,
-    ) -> None:
-        self.config, self.loader, self.ranks = config, loader, ranks
-        self.lpips = None if lpips is None else lpips.to(ranks.device)
-        self.version_digest = version_digest
-        self.step = self.skipped = 0
-        self.window: list[float] = []  # losses since the last logged step
-        self.mse_window: list[float] = []
-        if saved is not None:
-            _check_same_run(saved, config, version_digest)
-        self.model = build_model(config, load_weights=saved is None).to(ranks.device)
-        self.wrapped: nn.Module = self.model
-        self.optimizer = build_optimizer(self.model, config.train)
-        decay = config.train.ema_decay
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.ema = AveragedModel(self.model, multi_avg_fn=average) if decay else None
-        if saved is not None:
-            self._restore(saved)
-        if ranks.size > 1:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices)
-
-    def _restore(self, saved: State) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"] or saved["model"])
-            self.ema.n_averaged.fill_(1)
-        self.loader.load_state_dict(saved["loader"])
-        self.step, self.skipped, self.window = saved["step"], saved["skipped"], list(saved["window"])
-        self.mse_window = list(saved["mse_window"])
-
-    def state(self) -> State:
-        """Return all that a later process needs to go on from here."""
-        return {
-            "step": self.step,
-            "skipped": self.skipped,
-            "window": list(self.window),
-            "mse_window": list(self.mse_window),
-            "version_digest": self.version_digest,
-            "config": self.config.model_dump(mode="json"),
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
-        }
-
-    def train_step(self, batch: Batch) -> float:
-        """Take one optimiser step on a batch of this rank; returns the norm of the gradient before clipping."""
-        train = self.config.train
-        rate = learning_rate(self.step, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        on_device = {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
-        jitter = None
-        if self.config.model.volume.jitter:
-            jitter = derive_seed("rays", train.seed, self.step, self.ranks.rank)
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            rendered = self.wrapped(
-                on_device["input_image"], on_device["input_camera"], on_device["target_world_from_camera"],
-                on_device["target_intrinsics"], self.config.data.patch_px, jitter,
-            )  # fmt: skip
-            rgb = rendered.rgb
-            if self.config.data.background != "white":  # the renderer composites over white
-                behind = on_device["background"][:, None, :, None, None] - 1
-                rgb = rgb + (1 - rendered.alpha)[:, :, None] * behind
-            target = on_device["target_rgb"]
-            perceptual = None if self.lpips is None else self.lpips(rgb, target).mean()
-        loss = mse = mse_loss(rgb, target)
-        if perceptual is not None:
-            loss = mse + train.lpips_weight * perceptual
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm))
-        if math.isfinite(norm):
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update_parameters(self.model)
-            means = self.ranks.mean(torch.stack([loss.detach(), mse.detach()])).tolist()
-            self.window.append(means[0])
-            self.mse_window.append(means[1])
-        else:
-            self._skip(norm)
-        self.step += 1
-        return norm
-
-    def _skip(self, norm: float) -> None:
-        self.skipped += 1
-        log.warning("step %d skipped: gradient norm is %s (%d skipped so far)", self.step, norm, self.skipped)
-        if self.skipped > self.config.train.max_skipped_steps:
-            raise TrainingError(
-                f"{self.skipped} steps had no finite gradient, train.max_skipped_steps allows "
-                f"{self.config.train.max_skipped_steps}; lower train.lr or look at the data of step {self.step}"
-            )
-
-
-def _check_same_run(saved: State, config: RunConfig, version_digest: str) -> None:
-    """Refuse a checkpoint of another model or version; name the settings that changed and may."""
-    if saved["version_digest"] != version_digest:
-        raise UserError(
-            f"checkpoint is of version {saved['version_digest'][:12]}, this run reads {version_digest[:12]}; "
-            "name that version, or start in a new folder"
-        )
-    old, new = _flat(saved["config"]), _flat(config.model_dump(mode="json"))
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    fixed = [name for name in changed if name.startswith("model.") and name not in FREE_MODEL_SETTINGS]
-    if fixed:
-        first = fixed[0]
-        raise UserError(
-            f"checkpoint was trained with {first} = {old.get(first)!r}, the config says {new.get(first)!r}; "
-            "a model cannot change while it is trained: start in a new folder"
-        )
-    if changed:
-        log.info(
-            "resuming with changed settings: %s", ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in changed)
-        )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, item in value.items():
-        out |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
-    return out
-
-
-class Clock:
-    """Speed since the last logged step."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._mark = (time.perf_counter(), 0, 0.0, 0)
-
-    def read(self, ranks: int) -> dict[str, float | int]:
-        """Return objects/s over all ranks, this rank's share of time spent waiting for data, and its counts."""
-        stats, (start_s, objects, wait_s, num_bytes) = self._loader.stats, self._mark
-        self._mark = (time.perf_counter(), stats.num_objects, stats.data_wait_s, stats.num_bytes)
-        elapsed_s = max(1e-9, self._mark[0] - start_s)
-        return {
-            "objects_per_s": round((stats.num_objects - objects) * ranks / elapsed_s, 3),
-            "data_wait_share": round((stats.data_wait_s - wait_s) / elapsed_s, 4),
-            "bytes_read": stats.num_bytes,
-            "bytes_per_s": round((stats.num_bytes - num_bytes) * ranks / elapsed_s),
-            "wire_ratio": round(stats.wire_ratio, 3),
-            "cache_hits": stats.reads.cache_hits,
-            "damaged": len(stats.damaged),
-        }
-
-
-def _run_steps(trainer: Trainer, out_dir: Path, stop: threading.Event) -> tuple[float | None, bool]:
-    """Take the steps that are left; returns (last logged loss, whether a signal stopped it)."""
-    config, ranks, loss = trainer.config.train, trainer.ranks, None
-    clock, saved_step, stopped = Clock(trainer.loader), trainer.step, False
-    quiet_s = 0.5 if sys.stderr.isatty() else 10.0
-    bar = tqdm(
-        total=config.steps,
-        initial=trainer.step,
-        disable=not ranks.is_first,
-        mininterval=quiet_s,
-        desc="train",
-        unit="step",
-    )
-    with bar:
-        while trainer.step < config.steps and not stopped:
-            rate = learning_rate(trainer.step, config)
-            norm = trainer.train_step(next(trainer.loader))
-            bar.update()
-            if trainer.step % config.log_every_steps == 0 or trainer.step == config.steps:
-                loss = sum(trainer.window) / len(trainer.window) if trainer.window else math.nan
-                mse = sum(trainer.mse_window) / len(trainer.mse_window) if trainer.mse_window else math.nan
-                trainer.window.clear()
-                trainer.mse_window.clear()
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                line = {"step": trainer.step, "loss": loss, "psnr": psnr_db(mse), "lr": rate, "grad_norm": norm}
-                if ranks.is_first:
-                    speed = clock.read(ranks.size)
-                    append_metrics(out_dir / METRICS_NAME, line | speed | {"skipped": trainer.skipped})
-            stopped = ranks.any(stop.is_set())
-            if trainer.step % config.checkpoint_every_steps == 0 or stopped or trainer.step == config.steps:
-                if ranks.is_first:
-                    save_checkpoint(out_dir, trainer.state(), config.keep_checkpoints)
-                saved_step = trainer.step
-    assert saved_step == trainer.step
-    return loss, stopped and trainer.step < config.steps
-
-
-def _newest_state(out_dir: Path, ranks: Ranks) -> State | None:
-    """Return the state that all ranks resume from: the newest whole one that the first rank finds."""
+    Raises:
+        UserError: naming the rank that does not.
+    """
+    probe = None
     if ranks.is_first:
         out_dir.mkdir(parents=True, exist_ok=True)
         remove_strays(out_dir)
-    found = newest_checkpoint(out_dir) if ranks.is_first else None
-    path = ranks.from_first(None if found is None else found[0])
-    if path is None:
-        return None
-    return found[1] if found is not None else read_checkpoint(path)
+        (out_dir / STOP_NAME).unlink(missing_ok=True)
+        probe = out_dir / f".seen-{uuid.uuid4().hex}"
+        probe.touch()
+    path = ranks.from_first(probe)
+    seen = path.exists()
+    if ranks.any(not seen):
+        if probe is not None:
+            probe.unlink(missing_ok=True)
+        raise UserError(
+            f"{out_dir} is not one folder for all {ranks.size} ranks (rank {ranks.rank} "
+            f"{'sees' if seen else 'does not see'} it); name one on a file system that all nodes share"
+        )
+    ranks.barrier()
+    if probe is not None:
+        probe.unlink(missing_ok=True)
+
+
+def _newest(out_dir: Path, ranks: Ranks) -> Checkpoint | None:
+    """Return the checkpoint that all ranks resume from: the newest whole one that the first rank finds."""
+    found: Checkpoint | UserError | None = None
+    if ranks.is_first:
+        try:
+            found = newest_checkpoint(out_dir)
+        except UserError as error:  # told on every rank, or the others would wait for the first
+            found = error
+    found = ranks.from_first(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os.PathLike[str]) -> TrainResult:
@@ -336,6 +245,7 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     """
     out = Path(out_dir)
     torch.set_num_threads(config.train.num_threads or os.cpu_count() or 1)
+    check_recorders(config)
     lpips = load_lpips(config.train)
     reader = open_reader(corpus, version, config.data)
     with stop_signals() as stop, joined_ranks(config.train.device) as ranks:
@@ -343,7 +253,8 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
             raise UserError(
                 f"train.batch_size {config.train.batch_size} must divide by the {ranks.size} ranks of this run"
             )
-        saved = _newest_state(out, ranks)
+        _share_folder(out, ranks)
+        saved = _newest(out, ranks)
         loader = Loader(
             reader,
             config.data,
@@ -352,26 +263,48 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
             rank=ranks.rank,
             ranks=ranks.size,
         )
-        with loader:
+        with loader, Saver(out, config.train.keep_checkpoints, ranks) as saver:
             trainer = Trainer(config, loader, reader.digest, ranks, saved, lpips)
-            del saved
             first_step = trainer.step
             if first_step >= config.train.steps:
                 log.info("%s: all %d steps are done; nothing to do", out, config.train.steps)
                 return TrainResult(step=first_step, steps_now=0, loss=None, seconds=0.0, stopped=False)
             if ranks.is_first:
-                rewind_metrics(out / METRICS_NAME, first_step)
                 log.info(
                     "version %d (%d samples, %d an epoch), %s on %s x %d, step %d of %d; %s",
                     reader.number, len(reader), len(loader.order), config.train.precision, ranks.device, ranks.size,
                     first_step, config.train.steps, trainer.model.parameter_counts(),
                 )  # fmt: skip
             start_s = time.perf_counter()
-            loss, stopped = _run_steps(trainer, out, stop)
+            with closing(_Run(trainer, saver, out, HeldOut.of(reader, config, ranks), stop)) as run:
+                stopped = run.steps()
             seconds = time.perf_counter() - start_s
+    if ranks.is_first and not stopped:
+        export_weights(out, out / WEIGHTS_NAME)
     return TrainResult(
-        step=trainer.step, steps_now=trainer.step - first_step, loss=loss, seconds=seconds, stopped=stopped
+        step=trainer.step, steps_now=trainer.step - first_step, loss=run.loss, seconds=seconds, stopped=stopped
     )
+
+
+def dry_run_text(config: RunConfig, corpus: str, version: int | None, ranks: int = 1) -> tuple[str, dict[str, Any]]:
+    """Return what a run is and will cost, as lines and as JSON values; nothing is started. See `lrm.budget`.
+
+    A corpus that cannot be opened yet leaves out how many epochs the run has, and says so.
+    """
+    from lrm.budget import describe, estimate
+
+    epoch_objects, of = None, ""
+    try:
+        reader = open_reader(corpus, version, config.data)
+        with Loader(reader, config.data, image_px=config.model.encoder.image_px, batch_size=1) as loader:
+            epoch_objects = len(loader.order)
+        of = f"version     {reader.number} of {corpus}: {len(reader)} samples, {epoch_objects} an epoch"
+    except (UserError, StoreError, DamagedDataError) as error:
+        of = f"version     not counted: {error}"
+    precise = config.train.precision == "fp32" or config.train.device == "cpu"
+    fused = config.model.volume.renderer == "fused" or (config.model.volume.renderer == "auto" and not precise)
+    budget = estimate(config, ranks=ranks, epoch_objects=epoch_objects, fused=fused)
+    return f"{of}\n{describe(config, budget)}", budget.as_json()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -381,12 +314,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", default="latest", help="version number, or latest")
     parser.add_argument("--config", default="tiny", help="preset name or TOML file")
     parser.add_argument("--out", required=True, help="folder for checkpoints and metrics; resumes from what is there")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run is and will cost; start nothing")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        config = load_config(arguments.config, arguments.set)
-        result = train(config, arguments.corpus, parse_version(arguments.version), arguments.out)
+        config, version = load_config(arguments.config, arguments.set), parse_version(arguments.version)
+        if arguments.dry_run:
+            print(dry_run_text(config, arguments.corpus, version, int(os.environ.get("WORLD_SIZE", "1")))[0])
+            return 0
+        result = train(config, arguments.corpus, version, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -47,6 +47,7 @@ _ENDPOINTS = (
 _SECRET_NAME = re.compile(r"^(AWS|AZURE|GOOGLE|GCS|GCP)_.*(KEY|SECRET|TOKEN|SAS|PASSWORD|CONNECTION_STRING)")
 _MIN_SECRET_CHARS = 6
 _QUERY = re.compile(r"(\w+://[^\s?]+)\?[^\s)]+")
+_USER = re.compile(r"(\w+:/*)[^\s/@]+@")
 
 
 def open_backend(url: str) -> Any:
@@ -79,22 +80,38 @@ def open_backend(url: str) -> Any:
 
 def check_url(url: str) -> None:
     """Raise UserError unless a remote URL is one of a known scheme, with a bucket and without secrets."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc and not parts.scheme.startswith("abfs"):
-        shown = url.replace(parts.netloc, f"...@{parts.netloc.rpartition('@')[2]}")
+    try:
+        parts = urlsplit(url)
+        bad = ""
+    except ValueError as error:
+        bad = str(error)
+    if bad:
+        raise UserError(f"corpus {shown_url(url)}: it is no URL ({bad}); use a folder, s3://, gs:// or az://")
+    web, container = parts.scheme in ("http", "https"), parts.scheme.startswith("abfs")
+    if ("@" in parts.netloc and not container) or (":" in parts.netloc and not web) or (web and "@" in url):
         raise UserError(
-            f"corpus {shown}: credentials do not belong in a URL, which is printed; "
+            f"corpus {parts.scheme}://...: credentials do not belong in a URL, which is printed; "
             "put them into the environment (AWS_ACCESS_KEY_ID, ...)"
         )
     if parts.query or parts.fragment:
         raise UserError(
-            f"corpus {url.split('?', maxsplit=1)[0].split('#', maxsplit=1)[0]}: a URL with ? or # is not taken; "
+            f"corpus {shown_url(url)}: a URL with ? or # is not taken; "
             "options and tokens belong into the environment (AZURE_STORAGE_SAS_TOKEN, ...)"
         )
     if parts.scheme not in REMOTE_SCHEMES:
         raise UserError(f"corpus {url}: {parts.scheme}:// is not known; use a folder, s3://, gs://, az:// or memory://")
     if not parts.netloc:
-        raise UserError(f"corpus {url}: it names no bucket; write {parts.scheme}://BUCKET/PREFIX")
+        raise UserError(f"corpus {shown_url(url)}: it names no bucket; write {parts.scheme}://BUCKET/PREFIX")
+
+
+def shown_url(url: str) -> str:
+    """Return a URL that was refused as it may be printed: without options and tokens.
+
+    User and password may hold any character, so of a URL with an @ the scheme alone is left.
+    """
+    if "@" in url:
+        return f"{url.partition(':')[0]}://..."
+    return url.partition("?")[0].partition("#")[0]
 
 
 def s3_endpoint(source: Mapping[str, str] | None = None) -> tuple[str, str]:
@@ -114,4 +131,9 @@ def short_error(error: BaseException) -> str:
     for name, value in os.environ.items():
         if _SECRET_NAME.match(name) and len(value) >= _MIN_SECRET_CHARS:
             text = text.replace(value, "***")
-    return _QUERY.sub(r"\1", text)[:300]
+    return _QUERY.sub(r"\1", without_user(text))[:300]
+
+
+def without_user(text: str) -> str:
+    """Return a text without the names and passwords of the URLs in it."""
+    return _USER.sub(r"\1...@", text)

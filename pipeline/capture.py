@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import cv2
 
-CAPTURE_REVISION = 1
+CAPTURE_REVISION = 2
 """Raise it when code changes what a capture's pixels, cameras or figures become."""
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import obstore
 from obstore.exceptions import BaseError
 
+from pipeline.backends import short_error
 from pipeline.store import MissingObjectError, Store, StoreError, open_store
 from pipeline.types import AssetError, FailureKind, UserError
 
@@ -159,8 +160,9 @@ class StoreFolder:
         try:
             found = obstore.list_with_delimiter(self._store.backend, prefix or None)
         except (BaseError, OSError) as error:
-            text = str(error).strip().split("\n", 1)[0][:200]
-            raise AssetError(FailureKind.NETWORK, f"{self.url}: listing {prefix!r} failed: {text}") from None
+            raise AssetError(
+                FailureKind.NETWORK, f"{self.url}: listing {prefix!r} failed: {short_error(error)}"
+            ) from None
         folders = sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
         return folders, sorted((item["path"].rpartition("/")[2], item["size"]) for item in found["objects"])
 

@@ -31,6 +31,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 
 from pipeline import manifest, receipt, version
+from pipeline.backends import short_error
 from pipeline.manifest import receipt_sizes
 from pipeline.plan import PlanSet
 from pipeline.shard import shard_key
@@ -161,7 +162,7 @@ def _delete(store: Store, key: str) -> None:
     except (NotFoundError, FileNotFoundError):
         pass  # another collector was first
     except (BaseError, OSError) as error:
-        raise StoreError(f"{store.url}: deleting {key} failed: {str(error).splitlines()[0][:300]}") from error
+        raise StoreError(f"{store.url}: deleting {key} failed: {short_error(error)}") from None
 
 
 def _sweep(store: Store, grace_s: float, delete: bool) -> tuple[str, ...]:

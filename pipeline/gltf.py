@@ -25,6 +25,7 @@ from pipeline.types import AssetError, FailureKind
 Json = dict[str, Any]
 
 MAX_JSON_VALUES = 8_000_000
+MAX_NODES = 1_000_000  # the importer makes an object of each; scenes of buildings have some ten thousand
 _MAX_INTEGER = 2**53  # the largest that JSON carries everywhere
 # What the importer of Blender 4.5 manages when a file requires it.
 BLENDER_EXTENSIONS = frozenset(
@@ -250,12 +251,14 @@ def indexes_of(entry: Json, key: str, count: int, where: str) -> list[int]:
 
 
 def check_references(document: Document) -> None:
-    """Refuse indexes out of range, and a node graph that is not a set of trees.
+    """Refuse indexes out of range, too many nodes, and a node graph that is not a set of trees.
 
     Raises:
-        AssetError: CORRUPT_FILE.
+        AssetError: CORRUPT_FILE, TOO_LARGE.
     """
     count = {name: len(document.table(name)) for name in _TABLES}
+    if count["nodes"] > MAX_NODES:
+        raise AssetError(FailureKind.TOO_LARGE, f"{count['nodes']} nodes; at most {MAX_NODES} are allowed")
     # An index without scenes is harmless: importers then take all nodes.
     if count["scenes"] or type(document.data.get("scene") or 0) is not int:
         index_of(document.data, "scene", count["scenes"], "file")

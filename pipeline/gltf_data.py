@@ -350,19 +350,19 @@ def _check_image(document: Document, views: list[memoryview | None], image: Json
         content = views[view]
         if content is None:
             corrupt(f"{name} lies in bufferViews[{view}], which meshopt compresses; images are never so compressed")
-        head = bytes(content[: sniff.HEAD_BYTES])
+        head = bytes(content[: sniff.IMAGE_HEAD_BYTES])
     elif uri is None:
         raise AssetError(FailureKind.MISSING_TEXTURE, f"{name} has neither uri nor bufferView")
     elif uri.startswith(_DATA_URI):
         # A whole number of base64 quanta, so that the start decodes alone.
-        head = _decode_data_uri(uri[: uri.find(_BASE64) + len(_BASE64) + sniff.HEAD_BYTES], where)
+        head = _decode_data_uri(uri[: uri.find(_BASE64) + len(_BASE64) + sniff.IMAGE_HEAD_BYTES], where)
     else:
         name = f"{where} {show(uri)}"
         path = find(document.folder, uri_path(uri))
         if path is None:
             raise AssetError(FailureKind.MISSING_TEXTURE, f"{name} is not beside the asset")
         with path.open("rb") as file:
-            head = file.read(sniff.HEAD_BYTES)
+            head = file.read(sniff.IMAGE_HEAD_BYTES)
     found = sniff.image_format(head)
     sniff.check_image_size(head, name)
     if found == "ktx2":

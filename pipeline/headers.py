@@ -6,6 +6,7 @@ unpacked, no XML is parsed (so no entity can expand), no number from the file is
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 import zipfile
@@ -30,6 +31,7 @@ _USD_FORMATS = ("usd", "usda", "usdc")
 # with <UDIM>, which stands for a number.
 _USDA_ASSETS = re.compile(rb"@([^@\s<>]{1,1000}\.(usd[acz]?|png|jpe?g|exr|hdr|tiff?|webp))@", re.IGNORECASE)
 _OBJ_TOKENS = re.compile(rb"^[ \t]*(?:(v|f|mtllib|usemtl)[ \t]+([^\r\n]*))", re.MULTILINE)
+_OBJ_LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]*)", re.MULTILINE)
 # What Blender's importer reads from an MTL file; map_Ka, for one, it passes over.
 _MAP_NAMES = frozenset(
     {b"map_kd", b"map_ks", b"map_ns", b"map_d", b"map_ke", b"map_bump", b"bump", b"refl", b"map_refl"}
@@ -130,6 +132,31 @@ def check_obj(path: Path, max_triangles: int) -> None:
         _check_mtl(library, used)
 
 
+def obj_side_files(path: Path) -> Iterator[Path]:
+    """Yield the files that an OBJ and its material libraries name and that are there, however its materials are used.
+
+    Names that lead outside the folder are left out: `check_obj` refuses them.
+    """
+    libraries = dict.fromkeys(_material_libraries(path, []))
+    for name in {match[1].strip() for block in _blocks(path) for match in _OBJ_LIBRARY.finditer(block)}:
+        with contextlib.suppress(AssetError):
+            libraries |= dict.fromkeys(_material_libraries(path, [name]))
+    for library in sorted(libraries):
+        yield library
+        if library.stat().st_size > _MAX_MTL_BYTES:
+            continue
+        for line in library.read_bytes().splitlines():
+            words = line.split(None, 1)
+            if len(words) == 2 and words[0].lower() in _MAP_NAMES:
+                name = _map_file(words[1]).decode("utf-8", "surrogateescape")
+                try:
+                    found = name and _find_texture(library.parent, name)
+                except AssetError:
+                    continue
+                if found:
+                    yield found
+
+
 def _material_libraries(path: Path, names: list[bytes]) -> list[Path]:
     """Return the MTL files of an OBJ that exist; Blender also takes one of the OBJ's own name."""
     folder, found = path.parent, [path.with_suffix(".mtl")]
@@ -183,14 +210,18 @@ def _without_drive(name: str) -> str:
     return re.split(r"[\\/]", name)[-1] if re.match(r"[A-Za-z]:[\\/]", name) else name
 
 
-def _check_texture(folder: Path, name: str, *, needed: bool) -> None:
+def _find_texture(folder: Path, name: str) -> Path | None:
     relative = relative_path(_without_drive(name))
-    path = find(folder, relative) or find(folder, PurePosixPath(relative.name))
+    return find(folder, relative) or find(folder, PurePosixPath(relative.name))
+
+
+def _check_texture(folder: Path, name: str, *, needed: bool) -> None:
+    path = _find_texture(folder, name)
     if not needed:
         return
     if path is None:
         raise AssetError(FailureKind.MISSING_TEXTURE, f"texture {show(name)} is not beside the asset")
-    head = _head(path)
+    head = _head(path, sniff.IMAGE_HEAD_BYTES)
     found = sniff.image_format(head)
     sniff.check_image_size(head, f"texture {show(name)}")
     if found is None and path.suffix.lower() not in _UNSNIFFED_IMAGES:

@@ -12,7 +12,7 @@ another duplicate distance thus cost a new version and no rendering.
 The figures of single views (`quality.views`, three quarters of a record) are judged here and left in the receipts and
 in the shards' JSON: a manifest of a million objects would have 4 GB of them. What is left is merged as columns:
 receipts are read and judged in batches, by processes where there are many, then sorted one column at a time, so that
-one column at most is held twice. `make bench-corpus` measures it.
+one column at most is held twice: 1.6 KB an object. `make bench-corpus` measures it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline import SCHEMA
 from pipeline.admission import licence_admits
@@ -43,7 +44,7 @@ from pipeline.plan import PlanSet
 from pipeline.quality import Refusal, judge
 from pipeline.receipt import ROWS, VOLATILE, Receipt, load
 from pipeline.spec import AdmissionSpec, DatasetSpec
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 from pipeline.types import FailureKind, UserError
 
 STABLE = pa.schema([field for field in ROWS if field.name not in VOLATILE] + [pa.field("heldout", pa.bool_())])
@@ -60,6 +61,8 @@ _BATCH = 64
 _MANY_RECEIPTS = 1024
 """From so many receipts on, processes that take a second to start pay."""
 _ROWS_PER_GROUP = 65_536
+_GROUPS_AT_ONCE = 1024
+"""Objects with several rows that become Python objects at a time."""
 
 _EXTRA = (
     pa.field("rank", pa.int32()),
@@ -86,6 +89,14 @@ class Merged:
     table: pa.Table
     num_receipts: int
     fingerprints: tuple[str, ...]
+
+
+class ContradictionError(UserError):
+    """Two rows of one object cannot both be true."""
+
+    def __init__(self, row: Mapping[str, Any], how: str) -> None:
+        super().__init__(f"asset {row['uid']!r} of source {row['source']} {how}")
+        self.source, self.uid = str(row["source"]), str(row["uid"])
 
 
 def manifest_key(sha256: str) -> str:
@@ -137,15 +148,22 @@ def merge_plans(store: Store, plans: Sequence[PlanSet], spec: DatasetSpec, listi
         for plan_id in plan.plan_ids:
             ranks[plan_id] = max(rank_of(plan), ranks.get(plan_id, 0))
     present = receipt_sizes(store)
-    work = sorted((plan_id, rank) for plan_id, rank in ranks.items() if plan_id in present)
+    work = [(plan_id, rank) for plan_id, rank in ranks.items() if plan_id in present]  # mostly sorted by uid already
     if not work:
         return Merged(table=STABLE.empty_table(), num_receipts=0, fingerprints=())
     batches = [work[i : i + _BATCH] for i in range(0, len(work), _BATCH)]
+    pa.default_memory_pool().release_unused()  # what reading the plans took
     with _pool(store, len(work)) as pool:
-        tables = list(pool.map(_read_batch, *zip(*((store, batch, spec) for batch in batches))))
+        read = pool.map(_read_batch, *zip(*((store, batch, spec) for batch in batches)))
+        tables = [_opened(data) for data in read]
     if listing is not None:
-        tables = [listing.restrict(table) for table in tables]
-    table = settle(tables, spec)
+        listing.restrict(tables)
+    try:
+        table = settle(tables, spec)
+    except ContradictionError as error:
+        mine = [pc.and_(pc.equal(p.table["uid"], error.uid), pc.equal(p.table["source"], error.source)) for p in plans]
+        names = [p.id for p, mask in zip(plans, mine) if p.kind != "compact" and pc.any(mask).as_py()]
+        raise UserError(f"{error}; it stands in the plans {', '.join(names)}") from None
     prints = tuple(sorted(pc.unique(table["fingerprint"]).to_pylist()))
     return Merged(table=table, num_receipts=len(work), fingerprints=prints)
 
@@ -163,10 +181,22 @@ def _pool(store: Store, num_receipts: int) -> Iterator[Executor]:
         yield processes
 
 
-def _read_batch(store: Store, work: Sequence[tuple[str, int]], spec: DatasetSpec) -> pa.Table:
-    """Return the judged rows of some receipts in one piece."""
-    tables = [prepare(load(store, plan_id).rows, spec, rank) for plan_id, rank in work]
-    return pa.concat_tables(tables).combine_chunks()
+def _read_batch(store: Store, work: Sequence[tuple[str, int]], spec: DatasetSpec) -> bytes:
+    """Return the judged rows of some receipts as one Arrow stream, compressed."""
+    table = pa.concat_tables([prepare(load(store, plan_id).rows, spec, rank) for plan_id, rank in work])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, _MERGED, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table.combine_chunks())
+    return bytes(sink.getvalue())
+
+
+def _opened(data: bytes) -> pa.Table:
+    """Return the table of a stream: unpacked column by column into memory that is freed the same way.
+
+    Pickled tables would lie in the heap in pieces of many sizes, which never gives them back: 1 GB of a million.
+    """
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()
 
 
 def merge(receipts: Sequence[Receipt], spec: DatasetSpec) -> pa.Table:
@@ -259,19 +289,51 @@ def settle(tables: list[pa.Table], spec: DatasetSpec) -> pa.Table:
         order = order.take(pa.array(_choose(table, order, again)))
     columns = dict(zip(table.column_names, table.columns))
     del table
-    return admit(pa.table({name: columns.pop(name).take(order) for name in list(columns)}), spec)
+    rows = order.to_numpy().astype(np.int64)
+    return admit(pa.table({name: _gather(columns.pop(name), rows) for name in list(columns)}), spec)
+
+
+def _gather(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> pa.ChunkedArray:
+    """Return the values of these rows, piece by piece; chunks that are no longer needed are let go on the way.
+
+    Rows are nearly in order, as plans are, so a column is hardly held twice. `take` would hold it three times.
+    """
+    chunks, kind = list(column.chunks), column.type
+    del column
+    starts = np.cumsum([0, *map(len, chunks)])
+    where = np.searchsorted(starts, rows, side="right") - 1
+    last = np.full(len(chunks), -1)
+    last[where] = np.arange(len(rows)) // _ROWS_PER_GROUP  # of several values for one place numpy keeps the last
+    pieces = []
+    for i in range(-(-len(rows) // _ROWS_PER_GROUP)):
+        part = slice(i * _ROWS_PER_GROUP, (i + 1) * _ROWS_PER_GROUP)
+        by_chunk = np.argsort(where[part], kind="stable")
+        used, begins = np.unique(where[part][by_chunk], return_index=True)
+        groups = np.split(rows[part][by_chunk], begins[1:])
+        piece = pa.concat_arrays([chunks[k].take(pa.array(group - starts[k])) for k, group in zip(used, groups)])
+        back = np.argsort(by_chunk)
+        pieces.append(piece if (np.diff(back) > 0).all() else piece.take(pa.array(back)))
+        for k in np.flatnonzero(last <= i):
+            chunks[k] = None
+        pa.default_memory_pool().release_unused()
+    return pa.chunked_array(pieces, kind)
 
 
 def _choose(table: pa.Table, order: pa.Array, again: Any) -> Any:
     """Return which places of `order` stay, where `again` marks rows of the same object as the row before."""
     keep = ~again
     firsts = np.flatnonzero(keep)
-    ends = np.append(firsts[1:], len(again))
+    counts = np.diff(np.append(firsts, len(again)))
+    rows_of = order.to_numpy().astype(np.int64)
     names = ["uid", "source", "status", "fingerprint", "rank", "asset_sha256", "lengths", "crc32s"]
-    for group in np.flatnonzero(ends - firsts > 1):
-        first, end = int(firsts[group]), int(ends[group])
-        rows = table.select(names).take(order.slice(first, end - first)).to_pylist()
-        keep[first], keep[first + _first_of(rows)] = False, True
+    groups = np.flatnonzero(counts > 1)
+    for begin in range(0, len(groups), _GROUPS_AT_ONCE):
+        some = groups[begin : begin + _GROUPS_AT_ONCE]
+        places = np.concatenate([np.arange(firsts[i], firsts[i] + counts[i]) for i in some])
+        found = pa.table({name: _gather(table[name], rows_of[places]) for name in names}).to_pylist()
+        for i in some.tolist():
+            rows, found = found[: counts[i]], found[counts[i] :]
+            keep[firsts[i]], keep[firsts[i] + _first_of(rows)] = False, True
     return np.flatnonzero(keep)
 
 
@@ -279,13 +341,13 @@ def _first_of(rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the row that counts of one object's, samples and young rows first.
 
     Raises:
-        UserError: if they contradict each other.
+        ContradictionError: if they contradict each other.
     """
-    what = f"asset {rows[0]['uid']!r} of source {rows[0]['source']}"
     if len({row["fingerprint"] for row in rows}) > 1:
-        raise UserError(
-            f"{what} was rendered under two fingerprints, by two specs or releases; "
-            "name the spec to publish with SPEC= (and the SET= that it was rendered with)"
+        raise ContradictionError(
+            rows[0],
+            "was rendered under two fingerprints, by two specs or releases; "
+            "name the spec to publish with SPEC= (and the SET= that it was rendered with)",
         )
     samples = [row for row in rows if row["status"] == "sample"]
     if len(samples) < 2:
@@ -296,7 +358,9 @@ def _first_of(rows: Sequence[Mapping[str, Any]]) -> int:
     chosen = [i for i, row in enumerate(samples) if row["asset_sha256"] == newest[0]]
     contents = {(tuple(samples[i]["lengths"]), tuple(samples[i]["crc32s"])) for i in chosen}
     if len(contents) > 1 or len(set(newest)) > 1:
-        raise UserError(f"{what} has two different samples under one fingerprint; name the spec to publish with SPEC=")
+        raise ContradictionError(
+            rows[0], "has two different samples under one fingerprint; name the spec to publish with SPEC="
+        )
     return chosen[0]
 
 
@@ -397,21 +461,29 @@ def withdraw(table: pa.Table, refused: Mapping[int, Refusal]) -> pa.Table:
     return table
 
 
+def _write_rows(table: pa.Table, path: Path) -> None:
+    schema = STABLE.with_metadata({"schema": str(SCHEMA)})
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, max(1, table.num_rows), _ROWS_PER_GROUP):
+            part = table.slice(start, _ROWS_PER_GROUP).cast(STABLE).replace_schema_metadata(schema.metadata)
+            writer.write_table(part)
+
+
 def write_manifest(store: Store, table: pa.Table) -> tuple[str, int]:
     """Store the file of a manifest under its digest; return digest and length.
 
     Raises:
         UserError: if other bytes stand there.
+        StoreError: if it cannot be stored, or first be written to the folder for temporary files.
     """
     handle, name = tempfile.mkstemp(prefix="lrm-manifest-", suffix=".parquet")
     os.close(handle)
     path = Path(name)
     try:
-        schema = STABLE.with_metadata({"schema": str(SCHEMA)})
-        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-            for start in range(0, max(1, table.num_rows), _ROWS_PER_GROUP):
-                part = table.slice(start, _ROWS_PER_GROUP).cast(STABLE).replace_schema_metadata(schema.metadata)
-                writer.write_table(part)
+        try:
+            _write_rows(table, path)
+        except OSError as error:
+            raise StoreError(f"manifest: {path} cannot be written: {error}; set TMPDIR to a larger folder") from None
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes, key = path.stat().st_size, manifest_key(sha256)

@@ -178,7 +178,8 @@ def _run(words: list[str], name: str) -> None:
             hook = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"capture.mask_command: {words[0]!r} cannot be run: {error}; give an absolute path to a program"
+                f"capture.mask_command: {words[0]!r} cannot be run: {error}; give an absolute path to a program "
+                "(folders that it needs beside its own go into workers.readable)"
             ) from None
         try:
             status = hook.wait(COMMAND_TIMEOUT_S)

@@ -339,9 +339,18 @@ def check_schema(found: object, where: str, what: str) -> None:
 def parse_shards(text: str, num_shards: int) -> list[int]:
     """Parse `SHARDS=`: "all", "7", "0-63", "3,9" or a mix such as "0-3,9"; sorted, each once.
 
+    A part of any of these is named by its index: "all:2/8" is the third of eight, every eighth from the third on. The
+    parts of an array of jobs so share out the shards by their index alone; a part may be empty.
+
     Raises:
         UserError: naming the part that is wrong.
     """
+    whole, colon, share = text.partition(":")
+    if colon:
+        match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", share)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise UserError(f"SHARDS={text}: {share!r} is not a part; use all:0/8 to all:7/8 for the parts of eight")
+        return parse_shards(whole, num_shards)[int(match[1]) :: int(match[2])]
     last = num_shards - 1
     if text.strip() == "all":
         return list(range(num_shards))

@@ -36,8 +36,7 @@ from pipeline.admission import licence_admits
 from pipeline.listing import Listing, object_keys
 from pipeline.manifest import receipt_sizes
 from pipeline.plan import PlanSet, assets_of
-from pipeline.receipt import receipt_key
-from pipeline.shard import DamagedDataError
+from pipeline.receipt import receipt_key, unreadable
 from pipeline.spec import AdmissionSpec, DatasetSpec, spec_of_json
 from pipeline.store import Store
 from pipeline.types import FailureKind, UserError
@@ -146,9 +145,12 @@ def _gather(
 ) -> _State:
     """Read the receipts of these plans, oldest plan first."""
     state = _State(listing)
+    read = set[str]()  # plans of two names may deal the same shard, whose tries count once
     for plan in made:
         then = spec_of_json(plan.spec_json, f"corpus {store.url}: plan {plan.id}").admission
-        for rows in _read_states(store, [plan_id for plan_id in plan.plan_ids if plan_id in present]):
+        unread = [plan_id for plan_id in plan.plan_ids if plan_id in present and plan_id not in read]
+        read.update(unread)
+        for rows in _read_states(store, unread):
             state.add(rows, then, rules)
     return state
 
@@ -211,8 +213,7 @@ def _read_states(store: Store, plan_ids: Sequence[str]) -> Iterable[pa.Table]:
             file = pq.ParquetFile(pa.BufferReader(store.get(receipt_key(plan_id))), page_checksum_verification=True)
             return file.read(columns=list(_STATE), use_threads=False).select(_STATE).replace_schema_metadata(None)
         except (pa.ArrowException, OSError, KeyError) as error:
-            text = str(error).split("\n", 1)[0]
-            raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} is not readable: {text}") from None
+            raise unreadable(store.url, plan_id, error) from None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(plan_ids), 4096):

@@ -6,17 +6,21 @@ A row tells all that is known of one object: the asset, then either where its sa
 there is none. Columns in `VOLATILE` (attempts, seconds, worker, dates, log tails) differ from run to run; they stay in
 the receipt and never reach a manifest, so that a corpus built twice gives one manifest digest.
 
-The footer tells the counts, so `tally` learns where a shard stands from the last 16 KB of its receipt: a receipt of 64
-objects has 150 KB (it keeps 32 views' figures of each) and takes 2 ms to read in full, its footer 0.1 ms.
+The footer tells the counts and what the shard cost on which node, so `tally` learns where a shard stands from the last
+16 KB of its receipt: a receipt of 64 objects has 150 KB (it keeps 32 views' figures of each) and takes 2 ms to read in
+full, its footer 0.1 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,10 @@ import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
 from pipeline.plan import ShardPlan, check_schema
-from pipeline.sample import asset_row
-from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, verify_shard, write_shard
+from pipeline.sample import SampleError, asset_row
+from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, write_shard
 from pipeline.spec import canonical_json
-from pipeline.store import Outcome, Store
+from pipeline.store import Outcome, Store, StoreError
 from pipeline.types import Failure, Sample, UserError
 
 ROWS = pa.schema(
@@ -63,8 +67,20 @@ ROWS = pa.schema(
         ("provenance", pa.string()),  # JSON: worker, device, seconds by stage, fetch date
     ]
 )
-_METADATA = ("schema", "plan_id", "fingerprint", "shard_sha256", "shard_bytes", "planned", "samples", "failures")
+_METADATA = (
+    "schema",
+    "plan_id",
+    "fingerprint",
+    "shard_sha256",
+    "shard_bytes",
+    "planned",
+    "samples",
+    "failures",
+    "work",
+)
 _FOOTER_BYTES = 16 * 1024
+_MOST = 2**53
+_UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError)
 VOLATILE = ("attempts", "log_tail", "provenance")
 
 
@@ -80,12 +96,41 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWork:
+    """What one node did for a shard: objects it ended, samples among them, seconds its tasks took."""
+
+    objects: int
+    samples: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a shard cost: the tasks that ended its objects; earlier tries whose process died are not in it.
+
+    Attributes:
+        objects: whose rows tell times.
+        cpu_s: seconds times the CPUs that each task reserved; `gpu_s` times its share of a GPU.
+        begun_s, ended_s: first start and last end by the nodes' clocks, seconds since 1970.
+        nodes: by name.
+    """
+
+    objects: int = 0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    begun_s: float = 0.0
+    ended_s: float = 0.0
+    nodes: Mapping[str, NodeWork] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
     """The counts of a receipt, by its footer alone.
 
     Attributes:
         failures: failures by kind.
         retryable: how many of them may end otherwise.
+        work: nothing in receipts of releases that did not note it.
     """
 
     plan_id: str
@@ -96,6 +141,7 @@ class Tally:
     retryable: int
     shard_sha256: str | None
     shard_bytes: int
+    work: Work = field(default_factory=Work)
 
 
 def receipt_key(plan_id: str) -> str:
@@ -117,6 +163,8 @@ def commit_shard(
 
     Raises:
         ValueError: if the results do not account for every planned uid; nothing is stored.
+        StoreError, SampleError, DamagedDataError: naming the plan and its objects, if the shard cannot be written,
+            verified or stored; no receipt is created.
     """
     planned = [asset.uid for asset in plan.assets]
     if sorted(planned) != sorted(results):
@@ -126,12 +174,26 @@ def commit_shard(
         )
     samples = [result for uid in planned if isinstance(result := results[uid], Sample)]
     shard = None
-    if samples:
-        shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
-        verify_shard(shard.path, shard.index, parse=False)
-        store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
-    rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
-    return commit_rows(store, plan, rows, shard)
+    with _naming(plan, scratch_dir):
+        if samples:
+            shard = write_shard(samples, scratch_dir / f"{plan.plan_id}.tar")
+            store.create_blob(shard_key(shard.sha256), shard.path, shard.num_bytes)
+        rows = [_row(plan, results[asset.uid], shard, i) for i, asset in enumerate(plan.assets)]
+        return commit_rows(store, plan, rows, shard)
+
+
+@contextlib.contextmanager
+def _naming(plan: ShardPlan, scratch_dir: Path) -> Iterator[None]:
+    """Say in errors whose work it was."""
+    first, last = plan.assets[0].uid, plan.assets[-1].uid
+    objects = f"objects {first!r} to {last!r}" if len(plan.assets) > 1 else f"object {first!r}"
+    what = f"shard {plan.index} of plan {plan.plan_id[:16]} ({objects})"
+    try:
+        yield
+    except (StoreError, SampleError, DamagedDataError) as error:
+        raise type(error)(f"{what}: {error}") from None
+    except OSError as error:  # of the scratch folder: a store's own are StoreErrors
+        raise StoreError(f"{what}: its tar could not be written to {scratch_dir}: {error}") from None
 
 
 def commit_rows(
@@ -192,6 +254,7 @@ def to_parquet(plan: ShardPlan, rows: Sequence[Mapping[str, Any]], shard: Shard 
         "planned": str(len(plan.assets)),
         "samples": str(num_samples),
         "failures": canonical_json(failures).decode(),
+        "work": work_json(work_of(rows)),
     }
     sink = io.BytesIO()
     table = pa.Table.from_pylist(list(rows), schema=ROWS.with_metadata(metadata))
@@ -225,9 +288,9 @@ def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
         )
         num_bytes = int(metadata["shard_bytes"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise _unreadable(where, plan_id, error) from None
+        raise unreadable(where, plan_id, error) from None
     if not consistent:
-        raise DamagedDataError(f"corpus {where}: receipt {plan_id} contradicts itself")
+        raise _damaged(where, plan_id, "contradicts itself")
     return Receipt(
         plan_id=plan_id,
         fingerprint=metadata["fingerprint"],
@@ -262,11 +325,14 @@ def tally(store: Store, plan_id: str, num_bytes: int) -> Tally:
             retryable=int(failures["retryable"]),
             shard_sha256=metadata["shard_sha256"] or None,
             shard_bytes=int(metadata["shard_bytes"]),
+            work=parse_work(metadata["work"]),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _unreadable(store.url, plan_id, error) from None
-    if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned:
-        raise DamagedDataError(f"corpus {store.url}: receipt {plan_id} contradicts itself")
+    except (*_UNREADABLE, ArithmeticError, AttributeError, RecursionError) as error:
+        raise unreadable(store.url, plan_id, error) from None
+    counts = (found.samples, found.retryable, found.shard_bytes, found.work.objects, *found.failures.values())
+    sound = all(0 <= count < _MOST for count in counts)
+    if metadata["plan_id"] != plan_id or found.samples + sum(found.failures.values()) != found.planned or not sound:
+        raise _damaged(store.url, plan_id, "contradicts itself")
     return found
 
 
@@ -283,7 +349,70 @@ def tally_of(receipt: Receipt) -> Tally:
         retryable=pc.sum(rows["retryable"]).as_py() or 0,
         shard_sha256=receipt.shard_sha256,
         shard_bytes=receipt.shard_bytes,
+        work=work_of(rows.select(["status", "provenance"]).to_pylist()),
     )
+
+
+def work_of(rows: Sequence[Mapping[str, Any]]) -> Work:
+    """Return what a shard cost, by the provenance of its receipt's rows; rows that do not tell are left out."""
+    nodes: dict[str, NodeWork] = {}
+    spans, cpu_s, gpu_s = list[tuple[float, float]](), 0.0, 0.0
+    for row in rows:
+        try:
+            told = json.loads(row["provenance"] or "{}")
+            busy_s, cpus, gpus = (float(told.get(name, 0.0)) for name in ("elapsed_s", "cpus", "gpus"))
+            ended_s = datetime.datetime.fromisoformat(told["finished_at"]).timestamp()
+            node = str(told["worker"])[:100]
+            finite = all(map(math.isfinite, (busy_s, cpus, gpus)))
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            continue
+        if not finite:
+            continue
+        spans.append((ended_s - busy_s, ended_s))
+        cpu_s, gpu_s = cpu_s + busy_s * cpus, gpu_s + busy_s * gpus
+        was = nodes.get(node, NodeWork(objects=0, samples=0, busy_s=0.0))
+        nodes[node] = NodeWork(
+            objects=was.objects + 1,
+            samples=was.samples + (row["status"] == "sample"),
+            busy_s=round(was.busy_s + busy_s, 3),
+        )
+    if not spans:
+        return Work()
+    return Work(
+        objects=len(spans), cpu_s=round(cpu_s, 3), gpu_s=round(gpu_s, 3), nodes=nodes,
+        begun_s=round(min(begun for begun, _ in spans), 3), ended_s=round(max(ended for _, ended in spans), 3),
+    )  # fmt: skip
+
+
+_WORK = ("objects", "cpu_s", "gpu_s", "begun_s", "ended_s")
+
+
+def work_json(work: Work) -> str:
+    """Return the work of a shard as its receipt's footer holds it: 20 bytes a node."""
+    nodes = {name: [one.objects, one.samples, one.busy_s] for name, one in work.nodes.items()}
+    return canonical_json({"all": [getattr(work, name) for name in _WORK], "nodes": nodes}).decode()
+
+
+def parse_work(text: str) -> Work:
+    """Read what `work_json` wrote; "" is nothing.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: if it is something else.
+    """
+    if not text:
+        return Work()
+    told = json.loads(text)
+    objects, *seconds = map(float, told["all"])
+    nodes = {
+        str(name): NodeWork(objects=int(count), samples=int(samples), busy_s=float(busy_s))
+        for name, (count, samples, busy_s) in told["nodes"].items()
+    }
+    if not all(map(math.isfinite, (objects, *seconds, *(one.busy_s for one in nodes.values())))):
+        raise ValueError("its work is not finite")
+    if not all(0 <= count < _MOST for one in nodes.values() for count in (one.objects, one.samples)):
+        raise ValueError("its nodes made an absurd number of objects")
+    cpu_s, gpu_s, begun_s, ended_s = seconds
+    return Work(objects=int(objects), cpu_s=cpu_s, gpu_s=gpu_s, begun_s=begun_s, ended_s=ended_s, nodes=nodes)
 
 
 def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str) -> dict[str, str]:
@@ -292,11 +421,17 @@ def _metadata_of(stored: Mapping[bytes, bytes] | None, plan_id: str, where: str)
     return metadata
 
 
-def _unreadable(where: str, plan_id: str, error: Exception) -> Exception:
+def unreadable(where: str, plan_id: str, error: Exception) -> Exception:
+    """Return the error of a receipt that another error kept from being read."""
     if isinstance(error, UserError | DamagedDataError):
         return error
     text = str(error).split("\n", 1)[0]
-    return DamagedDataError(f"corpus {where}: receipt {plan_id} is not readable: {text}")
+    return _damaged(where, plan_id, f"is not readable: {text}")
+
+
+def _damaged(where: str, plan_id: str, how: str) -> DamagedDataError:
+    remedy = f"restore it, or remove {receipt_key(plan_id)} and make its shard again"
+    return DamagedDataError(f"corpus {where}: receipt {plan_id} {how}; {remedy}")
 
 
 def member_index(row: Mapping[str, Any]) -> MemberIndex:

@@ -34,6 +34,7 @@ from pathlib import Path
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
 
+from pipeline.backends import short_error
 from pipeline.shard import DamagedDataError
 from pipeline.shard_reads import Buffer, ShardReads, ShardRef, read_file_ranges
 from pipeline.store import MissingObjectError, Store, StoreError
@@ -131,7 +132,7 @@ class ShardCache:
             raise MissingObjectError(f"{store.url}: there is no {shard.key}") from None
         except (BaseError, OSError) as error:
             raise StoreError(
-                f"{store.url}: caching {shard.key} in {self.folder} failed: {str(error).splitlines()[0][:300]}"
+                f"{store.url}: caching {shard.key} in {self.folder} failed: {short_error(error)}"
             ) from None
         finally:
             path.unlink(missing_ok=True)

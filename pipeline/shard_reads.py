@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
 
+from pipeline.backends import short_error
 from pipeline.shard import DamagedDataError, shard_key
 from pipeline.store import MissingObjectError, Store, StoreError
 
@@ -312,8 +313,7 @@ class RemoteReads:
             raise MissingObjectError(f"{self._store.url}: there is no {shard.key}") from None
         except (BaseError, OSError) as error:
             await self._raise_damage(shard)
-            text = str(error).split("\n", 1)[0][:300]
-            raise StoreError(f"{self._store.url}: reading {shard.key} failed: {text}") from None
+            raise StoreError(f"{self._store.url}: reading {shard.key} failed: {short_error(error)}") from None
         self.stats.num_wire_bytes += len(data)
         if len(data) != asked.end - asked.start:
             await self._raise_damage(shard)

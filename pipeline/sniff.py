@@ -79,16 +79,73 @@ MAX_IMAGE_PIXELS = 2**28
 """Largest texture: 16384 x 16384. Blender takes 4 bytes a pixel at once; a flat PNG of any size is small on disk."""
 
 
+IMAGE_HEAD_BYTES = 1 << 18
+"""How much of an image is looked at: cameras put previews and colour profiles before the size of a JPEG."""
+
+
 def check_image_size(head: bytes, name: str) -> None:
-    """Refuse a PNG whose header promises more pixels than `MAX_IMAGE_PIXELS`.
+    """Refuse an image whose header promises more pixels than `MAX_IMAGE_PIXELS`.
+
+    Args:
+        head: the first IMAGE_HEAD_BYTES of it.
+        name: for the message.
 
     Raises:
         AssetError: TOO_LARGE.
     """
-    if image_format(head) != "png" or len(head) < 24:
-        return
-    width, height = struct.unpack(">II", head[16:24])
-    check_num_pixels(width, height, name)
+    size = image_size(head)
+    if size is not None:
+        check_num_pixels(*size, name)
+
+
+def image_size(head: bytes) -> tuple[int, int] | None:
+    """Return (width, height) in pixels as the header of a PNG, JPEG, WebP, GIF or BMP says, None for anything else."""
+    found = image_format(head)
+    try:
+        if found == "png":
+            width, height = struct.unpack_from(">II", head, 16)
+        elif found == "gif":
+            width, height = struct.unpack_from("<HH", head, 6)
+        elif found == "bmp":
+            width, height = struct.unpack_from("<ii", head, 18)
+        elif found == "jpeg":
+            return _jpeg_size(head)
+        elif found == "webp":
+            return _webp_size(head)
+        else:  # of other kinds the memory that a child may hold is the bound
+            return None
+    except struct.error:
+        return None
+    return abs(width), abs(height)
+
+
+def _jpeg_size(head: bytes) -> tuple[int, int] | None:
+    """Walk the segments of a JPEG to its frame header: marker, length, precision, height, width."""
+    place = 2
+    while place + 9 <= len(head) and head[place] == 0xFF:
+        marker = head[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", head, place + 5)
+            return width, height
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # padding, or a marker that stands alone
+            place += 1 if marker == 0xFF else 2
+        else:
+            place += 2 + int.from_bytes(head[place + 2 : place + 4], "big")
+    return None
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Read the size from the first chunk of a WebP: lossy, lossless, or extended."""
+    kind = head[12:16]
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and head[20:21] == b"\x2f":
+        (bits,) = struct.unpack_from("<I", head, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X" and len(head) >= 30:
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    return None
 
 
 def check_num_pixels(width: int, height: int, name: str) -> None:

@@ -24,6 +24,9 @@ from pipeline.types import PlaneName, UserError
 MIN_GPU_SHARE = 0.01
 """Least share of a GPU that a task may ask for: a hundred Blenders hold more memory than any GPU has."""
 
+TASK_MEMORY_BYTES = 2 * 2**30
+"""Memory that a render task reserves unless the spec says otherwise."""
+
 Strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 M = TypeVar("M", bound=BaseModel)
 
@@ -275,6 +278,7 @@ class LimitSpec(BaseModel):
     silence_s: float = Field(300.0, gt=0, description="wall time the child may take without a word: an import, a view")
     memory_bytes: int = Field(8 * 2**30, ge=2**28, description="resident memory that the child may hold")
     objects_per_child: int = Field(50, ge=1, description="recycle the child after so many objects")
+    scratch_bytes: int = Field(4 * 2**30, ge=2**20, description="disk that the child may fill in its own folder")
     max_attempts: int = Field(2, ge=1, le=10, description="tries of a retryable failure, the first included")
 
 
@@ -304,6 +308,14 @@ class WorkerSpec(BaseModel):
     model_config = Strict
     num_cpus: float = Field(1.0, gt=0, description="CPUs a render task reserves, and threads its Blender uses")
     open_shards: int = Field(4, ge=1, description="shards in flight, lowest index first")
+    sandbox: Literal["strict", "basic"] = Field(
+        "strict",
+        description="border around the child that opens assets: strict needs every layer of render/confine.py, and a "
+        "system that lacks one is an error at start; basic takes those that are there. Rows say which were on",
+    )
+    readable: tuple[str, ...] = Field(
+        (), description="absolute paths that the child may read beside the asset, Blender and the system's libraries"
+    )
     device: Literal["cpu", "optix", "cuda", "hip"] = Field(
         "cpu", description="what Cycles renders on; a device that is asked for and absent is an error at start"
     )
@@ -314,6 +326,40 @@ class WorkerSpec(BaseModel):
         description="share of a GPU that a render task reserves, such as 0.25 for four tasks a GPU; goes with a device "
         "other than cpu. A process renders on one GPU, so 1 is the most",
     )
+    max_failure_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="largest share of failures among the last `failure_window` objects; above it the run stops with "
+        "a reason. What licences, lists or rules that are off by default leave out is no failure here; 1 never stops",
+    )
+    failure_window: int = Field(
+        200, ge=10, le=100_000, description="how many of the last objects that share is taken over; fewer never stop"
+    )
+    min_free_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="free disk below which a node makes no new object, and waits until there is room: its temporary "
+        "folder, the fetch cache, and the corpus where that is a folder; 0 never waits",
+    )
+    price_per_cpu_hour: float | None = Field(
+        None, ge=0, description="what a reserved CPU costs an hour, in any currency; `make status` tells the cost"
+    )
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="what a whole GPU costs an hour")
+    memory_bytes: int | None = Field(
+        None,
+        ge=2**26,
+        description="memory of its node that a render task reserves, so that no node is packed with more tasks than it "
+        "holds; default 2 GiB, or limits.memory_bytes if that is less. Set it to limits.memory_bytes where objects are "
+        "large: then no mix of them can exhaust a node",
+    )
+    node_wait_s: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="how long a run waits at its start for a node on which a task fits; for clusters that grow by "
+        "demand, whose autoscaler is asked for one",
+    )
 
     @model_validator(mode="after")
     def _gpu_where_asked(self) -> WorkerSpec:
@@ -322,6 +368,12 @@ class WorkerSpec(BaseModel):
                 f"device {self.device!r} with num_gpus {self.num_gpus:g}: a GPU device needs a share of a GPU, "
                 f"{MIN_GPU_SHARE:g} to 1; cpu needs 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _readable_absolute(self) -> WorkerSpec:
+        if relative := [path for path in self.readable if not Path(path).is_absolute()]:
+            raise ValueError(f"readable {relative[0]!r} must be an absolute path")
         return self
 
 
@@ -344,6 +396,13 @@ class DatasetSpec(BaseModel):
     def is_captured(self) -> bool:
         """Whether the source's assets are photographed, and `[capture]` is the pixel part."""
         return self.source.kind in CAPTURE_SOURCES
+
+    @property
+    def task_memory_bytes(self) -> int:
+        """The memory that a render task reserves of its node."""
+        if self.workers.memory_bytes is not None:
+            return self.workers.memory_bytes
+        return min(TASK_MEMORY_BYTES, self.limits.memory_bytes)
 
     def fingerprint(self, producer: str) -> str:
         """Return the digest of everything that decides pixels.

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -53,7 +53,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, MemoryStore
 
 from pipeline import folder, uploads
-from pipeline.backends import open_backend, short_error
+from pipeline.backends import open_backend, short_error, shown_url
 from pipeline.types import UserError
 
 MAX_CREATE_TRIES = 4
@@ -64,6 +64,7 @@ READ_BYTES = 32 * 2**20
 _UPLOAD_THREADS = 4
 _READ_THREADS = 8
 _PROBE = ".probe/"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 _TAKEN = (AlreadyExistsError, PreconditionError, FileExistsError)
@@ -394,11 +395,16 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
     """
     if not url.strip():
         raise UserError("CORPUS is empty; give a folder, or an s3://, gs:// or az:// URL")
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0].lower() if _SCHEME.match(url) else ""
     if scheme == "memory":
         return Store(url, _memory_stores.setdefault(url, MemoryStore()), None)
-    if scheme in ("", "file"):
-        return _open_folder(url, Path(urlsplit(url).path if scheme else url), must_exist)
+    if scheme == "file":
+        path = unquote(url.partition(":")[2].removeprefix("//").removeprefix("localhost"))
+        if not path.startswith("/"):
+            raise UserError(f"corpus {shown_url(url)}: a file URL names a folder of this machine; write file:///PATH")
+        return _open_folder(path, Path(path), must_exist)
+    if not scheme:
+        return _open_folder(url, Path(url), must_exist)
     return Store(url, open_backend(url), None)
 
 

@@ -124,6 +124,11 @@ def sample_key(uid: str) -> str:
     return f"{slug}-{hashlib.sha256(uid.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return foreign text without what moves a terminal's cursor or is no text at all, such as lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
 def derive_seed(*parts: str | int) -> int:
     """Return a 63-bit seed that is a pure function of its parts: no process, clock or order enters."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
@@ -281,8 +286,8 @@ class Failure:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "message", " ".join(self.message.split())[:MAX_MESSAGE_CHARS])
-        object.__setattr__(self, "log_tail", self.log_tail[-MAX_LOG_TAIL_CHARS:])
+        object.__setattr__(self, "message", printable(" ".join(self.message.split()))[:MAX_MESSAGE_CHARS])
+        object.__setattr__(self, "log_tail", printable(self.log_tail[-MAX_LOG_TAIL_CHARS:], keep="\n\t"))
 
     @property
     def retryable(self) -> bool:

@@ -26,6 +26,7 @@ from pipeline.backends import s3_endpoint
 _SAFE = "-_.~"
 _MAX_REPLY_BYTES = 16 * 2**20
 _TIMEOUT_S = 60.0
+_NO_PAYLOAD = hashlib.sha256(b"").hexdigest()
 
 
 class UploadsError(Exception):
@@ -119,9 +120,16 @@ def _request(method: str, path: str, query: Mapping[str, str], *, gone_is_fine: 
 
 
 def signed_headers(
-    method: str, host: str, path: str, query: str, region: str, source: Mapping[str, str], now: datetime.datetime
+    method: str,
+    host: str,
+    path: str,
+    query: str,
+    region: str,
+    source: Mapping[str, str],
+    now: datetime.datetime,
+    payload_sha256: str = _NO_PAYLOAD,
 ) -> dict[str, str]:
-    """Return the headers of a request without a body, signed by AWS Signature Version 4.
+    """Return the headers of a request, signed by AWS Signature Version 4.
 
     Args:
         path: percent-encoded.
@@ -138,12 +146,11 @@ def signed_headers(
             "environment; set them, or give the bucket a lifecycle rule AbortIncompleteMultipartUpload"
         )
     time_text = now.strftime("%Y%m%dT%H%M%SZ")
-    empty = hashlib.sha256(b"").hexdigest()
-    headers = {"host": host, "x-amz-content-sha256": empty, "x-amz-date": time_text}
+    headers = {"host": host, "x-amz-content-sha256": payload_sha256, "x-amz-date": time_text}
     if token := source.get("AWS_SESSION_TOKEN"):
         headers["x-amz-security-token"] = token
     names = ";".join(sorted(headers))
-    lines = [method, path, query, *(f"{key}:{headers[key]}" for key in sorted(headers)), "", names, empty]
+    lines = [method, path, query, *(f"{key}:{headers[key]}" for key in sorted(headers)), "", names, payload_sha256]
     request = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     scope = [time_text[:8], region, "s3", "aws4_request"]
     wanted = "\n".join(["AWS4-HMAC-SHA256", time_text, "/".join(scope), request])

@@ -12,6 +12,7 @@ whose bytes were flipped long ago: the loader's own checks and a deep check from
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,15 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.receipt import member_index
+from pipeline.manifest import receipt_sizes
+from pipeline.receipt import member_index, receipt_key, tally
 from pipeline.sample import SampleError, SampleHeader, decode_data, decode_rgba, parse_sample_json
 from pipeline.shard import BLOCK, DamagedDataError, MemberIndex, check_part, member_name, shard_key
 from pipeline.store import Store
 from pipeline.types import Codec, Plane, PlaneName, UserError
 
 CHEAP_BYTES = 2**30
+_SHARD = re.compile(r"\bshards?[/ ]([0-9a-f]{12,64})")
 THREADS = 16
 _COLUMNS = (
     "uid", "key", "source", "asset_sha256", "fingerprint", "num_views", "planes", "codecs", "shard_sha256",
@@ -57,8 +60,21 @@ def check_shards(store: Store, table: pa.Table, *, known: Collection[str] = (), 
     found = examine(store, table, known=known, deep=deep)
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        raise UserError(f"corpus {store.url}: {found.problems[0]}{more}; nothing was published")
+        raise UserError(
+            f"corpus {store.url}: {found.problems[0]}{more}; nothing was published; {_remedy(store, found.problems[0])}"
+        )
     return found
+
+
+def _remedy(store: Store, problem: str) -> str:
+    """Say what to do about a shard that is lost, naming the receipt that keeps it from being made again."""
+    match = _SHARD.search(problem)
+    with ThreadPoolExecutor(THREADS) as pool:
+        tallies = pool.map(lambda item: tally(store, *item), receipt_sizes(store).items())
+        found = [one.plan_id for one in tallies if match and (one.shard_sha256 or "").startswith(match[1])]
+    if found:
+        return f"restore the shard, or remove {receipt_key(found[0])} and make its objects again"
+    return "restore the shard"
 
 
 def examine(store: Store, table: pa.Table, *, known: Collection[str] = (), deep: bool = False) -> Checked:
@@ -67,7 +83,7 @@ def examine(store: Store, table: pa.Table, *, known: Collection[str] = (), deep:
     groups = live.group_by(["shard_sha256", "shard_bytes"]).aggregate([]).to_pylist()
     sizes = sorted((str(group["shard_sha256"]), int(group["shard_bytes"])) for group in groups)
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = [text for text in pool.map(lambda item: _present(store, *item), sizes) if text]
+        problems = [text for text in pool.map(lambda item: _present(store, table, *item), sizes) if text]
     if problems:
         return Checked(shards=len(sizes), digested=0, decoded_samples=0, problems=tuple(problems))
     if deep:
@@ -75,7 +91,7 @@ def examine(store: Store, table: pa.Table, *, known: Collection[str] = (), deep:
         return Checked(shards=len(sizes), digested=len(sizes), decoded_samples=count, problems=tuple(problems))
     fresh = _within([item for item in sizes if item[0] not in set(known)], CHEAP_BYTES)
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = [text for text in pool.map(lambda item: _digest(store, *item), fresh) if text]
+        problems = [text for text in pool.map(lambda item: _digest(store, table, *item), fresh) if text]
     return Checked(shards=len(sizes), digested=len(fresh), decoded_samples=0, problems=tuple(problems))
 
 
@@ -89,17 +105,24 @@ def _within(sizes: Sequence[tuple[str, int]], limit: int) -> list[tuple[str, int
     return out
 
 
-def _present(store: Store, sha256: str, num_bytes: int) -> str | None:
+def _whose(table: pa.Table, sha256: str) -> str:
+    """Name a shard and whose samples it holds."""
+    uids = table["uid"].filter(pc.equal(table["shard_sha256"], sha256))
+    more = f" and {len(uids) - 1} more" if len(uids) > 1 else ""
+    return f"{shard_key(sha256)} ({uids[0].as_py()!r}{more})"
+
+
+def _present(store: Store, table: pa.Table, sha256: str, num_bytes: int) -> str | None:
     found = store.size(shard_key(sha256))
     if found == num_bytes:
         return None
     state = "is missing" if found is None else f"has {found} bytes"
-    return f"{shard_key(sha256)} {state}, its receipt says {num_bytes} bytes"
+    return f"{_whose(table, sha256)} {state}, its receipt says {num_bytes} bytes"
 
 
-def _digest(store: Store, sha256: str, num_bytes: int) -> str | None:
+def _digest(store: Store, table: pa.Table, sha256: str, num_bytes: int) -> str | None:
     found = store.sha256(shard_key(sha256))
-    return None if found == (sha256, num_bytes) else f"{shard_key(sha256)} holds other bytes than its name says"
+    return None if found == (sha256, num_bytes) else f"{_whose(table, sha256)} holds other bytes than its name says"
 
 
 def _examine_deeply(store: Store, table: pa.Table, shards: Iterable[str]) -> tuple[int, list[str]]:

@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -414,13 +415,14 @@ def _counts(table: pa.Table) -> dict[str, Any]:
 def code_commit() -> str:
     """Return the git commit of this code, with "+dirty" where the tree differs from it, or "unknown"."""
     root = Path(__file__).resolve().parent.parent
+    environment = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}  # no credential
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit + ("+dirty" if status else "")

@@ -1,17 +1,16 @@
 """The Blender child: one process that renders many assets, told by lines of JSON, answering through a pipe of its own.
 
-    python -P -s -m render.child --result-fd N --parent-pid N --memory-bytes N --threads N --device NAME
+    python -P -s -m render.border render.child --result-fd N --parent-pid N --memory-bytes N --threads N ...
 
 It is started by `render.process` and trusts its orders, but not the files that it opens; the supervisor trusts nothing
-that comes back. Before Blender is imported the process ties its life to its supervisor's, limits itself, and leaves the
-network where the system lets it.
+that comes back. Before this module is imported `render.border` has confined the process.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-import os
 import sys
 import time
 import traceback
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.spec import RenderSpec
 from pipeline.types import AssetError, Camera, FailureKind, PlaneName
-from render import confine, wire
+from render import wire
 from render.cameras import cameras_for, cropped_share
 from render.views import pack_view
 
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
     from render.scene import PreparedScene
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answer requests from stdin until it ends."""
-    args, network = confine.enter(argv)
+def main(args: argparse.Namespace, sandbox: str) -> int:
+    """Answer requests from stdin until it ends; `sandbox` says what confines us."""
     import bpy
 
     from render.devices import DeviceError, use_device, warm_up
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DeviceError as error:
         wire.send(args.result_fd, {"type": "no_device", "message": str(error)})
         return 3
-    ready = {"type": "ready", "blender": bpy.app.version_string, "network": network, "device": device.name}
+    ready = {"type": "ready", "blender": bpy.app.version_string, "sandbox": sandbox, "device": device.name}
     wire.send(args.result_fd, ready)
     for line in sys.stdin.buffer:
         _answer(json.loads(line), args.result_fd, args.threads, device.cycles)
@@ -149,9 +147,3 @@ def _denoiser(num_threads: int) -> Denoiser:
     from render.denoise import Denoiser
 
     return Denoiser(num_threads)
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # Blender's own exit handlers may crash or hang, and there is nothing left to save

@@ -2,8 +2,9 @@
 
 The child leads a session of its own, so that a signal reaches all that it started; what left the session is found by
 parentage. Everything it prints runs through one pipe into a ring of bounded size, drained by a thread, so that a
-gigabyte of stderr neither blocks the child nor fills memory. `render.child` asks the kernel to be killed when the
-*thread* that started it ends; the child is therefore started by a thread that lives as long as it may.
+gigabyte of stderr neither blocks the child nor fills memory. `render.border` asks the kernel to be killed when the
+*thread* that started it ends; the child is therefore started by a thread that lives as long as it may. Behind the
+border the child is the third process of three, and its death, or ours, ends all that it started.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.types import UserError
+from render.reach import border_of
 
 ALLOWED_ENVIRONMENT = (
     "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES",
@@ -102,10 +105,10 @@ class ScratchFolder:
                     os.close(fd)
 
     def fresh(self, name: str) -> Path:
-        """Return an empty folder of this name inside."""
+        """Return an empty folder of this name inside; the folders above it stay, if they are there."""
         path = self.path / name
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(mode=0o700)
+        path.mkdir(mode=0o700, parents=True)
         return path
 
     def close(self) -> None:
@@ -186,11 +189,19 @@ class ChildProcess:
         home: Path,
         num_threads: int,
         memory_bytes: int,
+        cpu_s: int,
         starter: ThreadPoolExecutor,
+        sandbox: str,
+        write: Sequence[Path],
+        read: Sequence[Path],
+        run: Sequence[Path] = (),
         device: str = "cpu",
         variables: Mapping[str, str] | None = None,
     ) -> None:
         environment = scrubbed_environment(home, num_threads, device=device) | dict(variables or {})
+        border = border_of(
+            sandbox, write=write, read=read, run=run, device=device, environment=environment, cpu_s=cpu_s
+        )
         log_read, log_write = os.pipe()
         result_read, result_write = os.pipe()
         arguments = {
@@ -199,6 +210,7 @@ class ChildProcess:
             "--memory-bytes": memory_bytes,
             "--threads": num_threads,
             "--device": device,
+            "--border": border.to_json(),
         }
         try:
             self._process = starter.submit(
@@ -244,6 +256,21 @@ class ChildProcess:
         """Return the resident bytes of the child and its descendants; cheap enough to poll."""
         return sum(_resident_bytes(pid) for pid in _descendants_by_kernel(self.pid))
 
+    def disk_bytes(self, folder: Path) -> int:
+        """Return the bytes on disk, or in files in memory, that a folder and the child's unnamed open files take."""
+        found: dict[tuple[int, int], int] = {}
+        for path in _files_below(folder / "child"):
+            with contextlib.suppress(OSError):
+                _count(path.lstat(), found)
+        for pid in _descendants_by_kernel(self.pid):
+            with contextlib.suppress(OSError):
+                for fd in Path(f"/proc/{pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        one = fd.stat()
+                        if one.st_nlink == 0:  # the folder shows no sign of it, and the disk is full of it
+                            _count(one, found)
+        return sum(found.values())
+
     def exit_reason(self) -> str:
         """Return how the child ended, once its result pipe has: "exit status 3", "signal SIGSEGV"."""
         until = time.monotonic() + 5
@@ -279,7 +306,12 @@ class ChildProcess:
 
 def default_command() -> list[str]:
     """Return the command of the real child: -P keeps the working folder, which holds assets' files, off sys.path."""
-    return [sys.executable, "-P", "-s", "-m", "render.child"]
+    return child_command("render.child")
+
+
+def child_command(module: str) -> list[str]:
+    """Return the command that runs a module of ours behind the border; -s keeps the home's packages out as well."""
+    return [sys.executable, "-P", "-s", "-m", "render.border", module]
 
 
 def family(pid: int) -> set[int]:
@@ -311,6 +343,16 @@ def _descendants_by_kernel(pid: int) -> list[int]:
             for task in Path(f"/proc/{one}/task").iterdir():
                 waiting.extend(int(child) for child in (task / "children").read_text().split())
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
+
+
+def _count(one: os.stat_result, found: dict[tuple[int, int], int]) -> None:
+    if stat.S_ISREG(one.st_mode):
+        found[one.st_dev, one.st_ino] = one.st_blocks * 512
 
 
 def _resident_bytes(pid: int) -> int:

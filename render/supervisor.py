@@ -19,11 +19,15 @@ from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self
 
 from pipeline.spec import DatasetSpec
-from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind
+from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind, UserError, printable
 from render import wire
 from render.process import ChildProcess, ScratchFolder
 
 POLL_S = 0.2
+_DISK_POLL_S = 1.0
+MAX_BORDER_CHARS = 1000
+# The child writes below `child`, and reads what is staged for it: Landlock's rules hang on these folders, which stay.
+HOME, WORK, STAGED, STAGED_ASSET = "child/home", "child/asset", "staged", "staged/asset"
 _RECYCLE_MEMORY_SHARE = 0.5
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 
@@ -34,8 +38,10 @@ class Supervisor:
     Attributes:
         who: how messages call the child.
         timeout_kind, crash_kind: what its silence and its death are.
+        num_started: children that this process has started, of any kind.
     """
 
+    num_started: ClassVar[int] = 0
     who: ClassVar[str]
     timeout_kind: ClassVar[FailureKind]
     crash_kind: ClassVar[FailureKind]
@@ -68,6 +74,8 @@ class Supervisor:
         self._max_payload_bytes = max_payload_bytes
         self._scratch = ScratchFolder(scratch_dir)
         self._child: ChildProcess | None = None
+        self._next_disk_poll = 0.0
+        self.sandbox = ""
         self._starter = ThreadPoolExecutor(1, "child-start")
 
     def __enter__(self) -> Self:
@@ -84,16 +92,31 @@ class Supervisor:
         self._starter.shutdown()
         self._scratch.close()
 
-    def _launch(self, allowed_s: float, **options: Any) -> tuple[ChildProcess, dict[str, Any]]:
+    def _launch(
+        self, allowed_s: float, *, read: Sequence[Path] = (), **options: Any
+    ) -> tuple[ChildProcess, dict[str, Any]]:
         """Start a child and return it with its first word; `options` are those of `ChildProcess`."""
+        Supervisor.num_started += 1
+        limits, workers = self._limits, self._spec.workers
+        home, staged = self._scratch.fresh(HOME), self._scratch.fresh(STAGED)
         self._child = child = ChildProcess(
             self._command,
-            home=self._scratch.fresh("home"),
-            memory_bytes=self._limits.memory_bytes,
+            home=home,
+            memory_bytes=limits.memory_bytes,
+            # The deadline ends an asset; this ends a child whose supervisor does not.
+            cpu_s=math.ceil(limits.deadline_s * limits.objects_per_child * (self._num_threads + 1)),
             starter=self._starter,
+            sandbox=workers.sandbox,
+            write=[home.parent],
+            read=[staged, *map(Path, workers.readable), *read],
             **options,
         )
-        return child, self._receive(child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")[0]
+        header = self._receive(child, time.monotonic() + allowed_s, f"{allowed_s:g} s to start")[0]
+        if header["type"] == "no_border":
+            self._stop_child()
+            raise UserError(str(header.get("message", ""))[:MAX_BORDER_CHARS])
+        self.sandbox = str(header.get("sandbox", ""))[:100]
+        return child, header
 
     @contextmanager
     def _one_asset(self, child: ChildProcess) -> Iterator[None]:
@@ -125,7 +148,7 @@ class Supervisor:
         try:
             prefix = self._read_exactly(child, wire.PREFIX.size, deadline, what)
             num_header, num_payload = wire.parse_prefix(bytes(prefix), self._max_payload_bytes)
-            header = wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what)))
+            header = clean(wire.parse_header(bytes(self._read_exactly(child, num_header, deadline, what))))
             return header, self._read_exactly(child, num_payload, deadline, what)
         except wire.WireError as error:
             self._fail(self.crash_kind, f"malformed reply: {error}")
@@ -174,6 +197,12 @@ class Supervisor:
             self._fail(
                 FailureKind.OUT_OF_MEMORY, f"{found}; {allowed / 2**20:.0f} MiB are allowed (limits.memory_bytes)"
             )
+        if now >= self._next_disk_poll:
+            self._next_disk_poll = now + _DISK_POLL_S
+            filled, most = child.disk_bytes(self._scratch.path), self._limits.scratch_bytes
+            if filled > most:
+                found = f"{self.who} filled {filled / 2**20:.0f} MiB of disk"
+                self._fail(FailureKind.TOO_LARGE, f"{found}; {most / 2**20:.0f} MiB are allowed (limits.scratch_bytes)")
 
     def _died(self, child: ChildProcess) -> NoReturn:
         reason = child.exit_reason()
@@ -205,3 +234,14 @@ class Supervisor:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
+
+
+def clean(value: Any) -> Any:
+    """Return what a child said with its texts made printable: they end in rows, logs and terminals."""
+    if isinstance(value, str):
+        return printable(value, keep="\n\t")
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    if isinstance(value, dict):
+        return {printable(name): clean(item) for name, item in value.items()}
+    return value

@@ -12,6 +12,7 @@ scene-linear RGBA, float32, top row first.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from typing import Any
@@ -20,6 +21,7 @@ PREFIX = struct.Struct("<4sII")
 MAGIC = b"LRM1"
 MAX_HEADER_BYTES = 2**20
 MAX_DEPTH = 12
+MAX_INTEGER_DIGITS = 20
 
 
 class WireError(ValueError):
@@ -58,7 +60,7 @@ def parse_header(data: bytes) -> dict[str, Any]:
         WireError: saying what was found.
     """
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_bounded_int)
     except (ValueError, RecursionError) as error:
         raise WireError(f"a reply's header is not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
@@ -70,6 +72,19 @@ def parse_header(data: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a finite number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
 
 
 def _depth(value: Any) -> int:

@@ -41,7 +41,8 @@ from pipeline.types import (
 )
 from render.cameras import CANONICAL_PX, NUM_SIDES, cameras_for
 from render.process import ChildProcess, default_command
-from render.supervisor import Supervisor
+from render.staging import stage
+from render.supervisor import STAGED_ASSET, WORK, Supervisor
 from render.views import EncodedView, bytes_per_pixel, encode_view, unpack_view
 
 START_DEADLINE_S = 120.0
@@ -135,11 +136,13 @@ class RenderWorker(Supervisor):
         request = self._request(asset, path, seed, expected_triangles)
         child = self._ensure_child()
         ready_s = time.monotonic() - started
+        if request["path"] is not None:
+            request["path"] = str(self._stage(asset, Path(request["path"])))
         deadline = time.monotonic() + self._spec.limits.deadline_s
         job = _Job(asset, cameras_for(self._spec.render, seed), deadline)
         try:
             with self._one_asset(child):
-                request["scratch_dir"] = str(self._scratch.fresh("asset"))
+                request["scratch_dir"] = str(self._scratch.fresh(WORK))
                 child.tell(json.dumps(request).encode())
                 self._converse(child, job)
                 return self._finish(job, seed, ready_s, time.monotonic() - started)
@@ -161,6 +164,9 @@ class RenderWorker(Supervisor):
             "min_triangle_share": admission.min_triangle_share,
             "expected_triangles": expected_triangles,
         }
+
+    def _stage(self, asset: Asset, path: Path) -> Path:
+        return stage(path, asset.format, self._scratch.fresh(STAGED_ASSET), self._spec.admission.max_asset_bytes)
 
     def _ensure_child(self) -> ChildProcess:
         if self._child is None:
@@ -255,7 +261,7 @@ class RenderWorker(Supervisor):
             provenance={
                 "device": str(self._ready.get("device", ""))[:100],
                 "blender": str(self._ready.get("blender", ""))[:40],
-                "network": str(self._ready.get("network", ""))[:10],
+                "sandbox": self.sandbox,
                 "num_threads": self._num_threads,
                 "seconds": {
                     **job.seconds,

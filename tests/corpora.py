@@ -6,6 +6,8 @@ import functools
 import tempfile
 from pathlib import Path
 
+import obstore
+
 from pipeline import plan as plans
 from pipeline import receipt
 from pipeline.plan import PlanSet, ShardPlan
@@ -44,6 +46,19 @@ def commit(
     """Commit a shard from a scratch folder of its own."""
     with tempfile.TemporaryDirectory(prefix="lrm-test-") as scratch:
         return receipt.commit_shard(store, shard, results or results_of(shard), Path(scratch))
+
+
+def overwrite(store: Store, key: str, data: bytes) -> None:
+    """Put other bytes under a key, as damage does: past the store's own methods, which never overwrite."""
+    if store.local_root is not None:
+        (store.local_root / key).write_bytes(data)
+    else:
+        obstore.put(store.backend, key, data)
+
+
+def remove(store: Store, key: str) -> None:
+    """Take an object away behind the pipeline's back."""
+    obstore.delete(store.backend, key)
 
 
 def listing(store: Store) -> dict[str, int]:

@@ -8,7 +8,10 @@ waits, cuts a body by reset or by a plain close, or says that a body is shorter 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import hashlib
 import http.client
+import os
 import socket
 import struct
 import threading
@@ -19,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from pipeline.uploads import signed_headers
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
@@ -44,6 +49,7 @@ class Fault:
         reset_after: send so many bytes of the body, then reset the connection.
         close_after: send so many bytes of the body, then close it in order: fewer than the header promised.
         claim: say in the header that the body has so many bytes, and send just these.
+        strip: leave this header out and sign the request anew, as a gateway with keys of its own does.
     """
 
     status: int | None = None
@@ -52,6 +58,7 @@ class Fault:
     reset_after: int | None = None
     close_after: int | None = None
     claim: int | None = None
+    strip: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             text = f"<Error><Code>{code.get(fault.status, 'InternalError')}</Code></Error>".encode()
             self._reply(fault.status, {"Content-Type": "application/xml"}, text, Fault())
             return
-        status, headers, answer = self._ask(body)
+        status, headers, answer = self._ask(body, fault.strip)
         if fault.lose:
             self._note("lost")
             self._hang_up()
@@ -133,10 +140,20 @@ class _Handler(BaseHTTPRequestHandler):
         with self.proxy.lock:
             self.proxy.log.append((self.command, self.path, what))
 
-    def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _ask(self, body: bytes, strip: str) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(*self.upstream, timeout=60)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
+        headers = dict(self.headers.items())
+        if strip:
+            headers = {k: v for k, v in headers.items() if k.lower() not in (strip, "authorization")}
+            headers = {k: v for k, v in headers.items() if not k.lower().startswith("x-amz-")}
+            path, _, query = self.path.partition("?")
+            now, digest = datetime.datetime.now(datetime.UTC), hashlib.sha256(body).hexdigest()
+            headers |= signed_headers(
+                self.command, headers.pop("Host", headers.pop("host", "")), path, query, "us-east-1", os.environ, now,
+                digest,
+            )  # fmt: skip
+        for name, value in headers.items():
             connection.putheader(name, value)
         connection.endheaders(body)
         reply = connection.getresponse()

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,15 +42,21 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def s3_server(folder: Path, *, num_volumes: int = 8) -> Iterator[dict[str, str]]:
+def s3_server(
+    folder: Path, *, num_volumes: int = 8, address: str = "127.0.0.1", prefix: Sequence[str] = ()
+) -> Iterator[dict[str, str]]:
     """Run a server over `folder`, of at most `num_volumes` x 512 MB; yields the environment variables of a client.
+
+    Args:
+        address: where it listens; loopback, unless it runs in a network of the test's own.
+        prefix: what to put before its command, and before those of its first clients, to run them there.
 
     A server that ends while it starts, such as for a port that was taken meanwhile, is started again with other ports.
     """
     for last in (False, False, True):
         with contextlib.ExitStack() as stack:
             try:
-                environment = stack.enter_context(_server(folder, num_volumes))
+                environment = stack.enter_context(_server(folder, num_volumes, address, prefix))
             except ConnectionAbortedError:
                 if last:
                     raise
@@ -60,21 +66,22 @@ def s3_server(folder: Path, *, num_volumes: int = 8) -> Iterator[dict[str, str]]
 
 
 @contextmanager
-def _server(folder: Path, num_volumes: int) -> Iterator[dict[str, str]]:
+def _server(folder: Path, num_volumes: int, address: str, prefix: Sequence[str]) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4)))
     keys = {"accessKey": "test-key", "secretKey": secrets.token_hex(16)}
     identity = {"name": "test", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    weed = Path(sys.executable).parent / "weed"
+    beside = Path(sys.executable).parent / "weed"
+    weed = str(beside if beside.exists() else shutil.which("weed"))
     command = [
-        str(weed if weed.exists() else shutil.which("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        *prefix, weed, "server", f"-ip={address}", f"-ip.bind={address}",
         f"-dir={folder}", f"-master.port={ports['master']}", f"-volume.port={ports['volume']}", "-filer",
         f"-filer.port={ports['filer']}", "-s3", f"-s3.port={ports['s3']}", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=512", f"-volume.max={num_volumes}",
     ]  # fmt: skip
     environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ENDPOINT_URL": f"http://{address}:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": keys["accessKey"],
         "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
         "AWS_REGION": "us-east-1",
@@ -86,11 +93,12 @@ def _server(folder: Path, num_volumes: int) -> Iterator[dict[str, str]]:
             stderr=log,
             start_new_session=True,
             cwd=folder,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl alone
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - prctl alone
         )
         try:
-            _make_bucket(str(weed), ports["master"], ports["filer"], folder, server)
-            _wait(environment, server)
+            reach = [f"-master={address}:{ports['master']}", f"-filer={address}:{ports['filer']}"]
+            _make_bucket([*prefix, weed, "shell", *reach], folder, server)
+            _wait(environment, server, prefix)
             yield environment
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -102,13 +110,12 @@ def _server(folder: Path, num_volumes: int) -> Iterator[dict[str, str]]:
                         path.unlink(missing_ok=True)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to kill the server with the process that started it, however that ends (PR_SET_PDEATHSIG)."""
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process with the one that started it, however that ends (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
-def _make_bucket(weed: str, master: int, filer: int, folder: Path, server: subprocess.Popen[bytes]) -> None:
-    command = [weed, "shell", f"-master=127.0.0.1:{master}", f"-filer=127.0.0.1:{filer}"]
+def _make_bucket(command: Sequence[str], folder: Path, server: subprocess.Popen[bytes]) -> None:
     wanted = f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\nexit\n"
     deadline, said = time.monotonic() + START_TIMEOUT_S, ""
     while time.monotonic() < deadline:
@@ -126,7 +133,7 @@ def _make_bucket(weed: str, master: int, filer: int, folder: Path, server: subpr
     raise TimeoutError(f"SeaweedFS made no bucket in {START_TIMEOUT_S:.0f} s: {said}")
 
 
-def _wait(environment: dict[str, str], server: subprocess.Popen[bytes]) -> None:
+def _wait(environment: dict[str, str], server: subprocess.Popen[bytes], prefix: Sequence[str]) -> None:
     code = (
         "import sys; from pipeline.store import open_store; from pipeline.types import UserError\n"
         f"try: open_store('s3://{BUCKET}/ready').probe()\n"
@@ -135,7 +142,11 @@ def _wait(environment: dict[str, str], server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and server.poll() is None:
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=False, timeout=120
+            [*prefix, sys.executable, "-c", code],
+            env=os.environ | environment,
+            capture_output=True,
+            check=False,
+            timeout=120,
         )
         if done.returncode == 0:
             return

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.spec import DirectorySource
-from pipeline.types import Asset, AssetError, FailureKind, UserError
+from pipeline.types import Asset, AssetError, FailureKind, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ class DirectoryAssets:
             if _excluded(PurePosixPath(name).as_posix(), self._source.exclude):
                 continue
             uid = row["uid"] or _file_uid(name, where)
+            if not uid.isprintable():
+                raise UserError(f"{where}: uid {uid!a} holds characters that cannot be printed; give it another")
             if uid in places:
                 raise UserError(f"{where}: uid {uid!r} stands on {places[uid]} too; uids must be unique")
             places[uid] = place
@@ -207,12 +209,19 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _file_uid(name: str, where: str) -> str:
-    """Return the uid of a file: its relative path, shortened with a digest where it is too long for a uid."""
+    """Return the uid of a file: its relative path; with a digest, where that is too long or breaks lines."""
     uid = PurePosixPath(name).as_posix()
-    if len(uid) <= _MAX_UID_CHARS:
+    if len(uid) <= _MAX_UID_CHARS and (uid.isprintable() or not _is_utf8(uid)):
         return uid
-    logger.warning("%s: the path is longer than %d characters; its uid is shortened", where, _MAX_UID_CHARS)
-    return f"{hashlib.sha256(uid.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{uid[-(_MAX_UID_CHARS - 17) :]}"
+    logger.warning(
+        "%a: the path is longer than %d characters or cannot be printed; its uid is another", where, _MAX_UID_CHARS
+    )
+    digest = hashlib.sha256(uid.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{digest}-{printable(uid)[-(_MAX_UID_CHARS - 17) :]}"
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _columns(names: Sequence[str], where: str) -> dict[str, str]:

@@ -3,10 +3,10 @@
     PYTHONPATH=. python -m tests.crash.storm --time-s 600 --seed 1
 
 runs storm after storm, each with a corpus and a seed of its own: four writers without Ray on a folder, and on S3 behind
-a proxy that lies; histories against a model; then the real job on Ray, workers and driver killed. After each the oracle
-holds the corpus to this: each planned object is there once, as a sample or a failure; no record that was ever seen has
-changed or gone; the version is the one of an undisturbed run; nothing half-made and no process is left. It prints one
-JSON line, and ends with status 1 at the first violation, naming the seed of that storm.
+a proxy that lies; histories against a model; then the real job on Ray, on a folder or S3, workers and driver killed.
+After each the oracle holds the corpus to this: each planned object is there once, as a sample or a failure; no record
+that was ever seen has changed or gone; the version is the one of an undisturbed run; nothing half-made and no process
+is left. It prints one JSON line, and ends with status 1 at the first violation, naming the seed of that storm.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ WRITERS = 4
 OBJECTS = 12
 TYPED_EXIT = 3
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("folder", "s3", "history", "ray", "folder", "s3", "history", "ray-s3")
 
 
 def write(url: str, count: int, seed: int) -> None:
@@ -189,10 +190,15 @@ def ray_spec() -> Any:
     )
 
 
-def ray_storm(folder: Path, seconds: float, seed: int) -> dict[str, int]:
-    """Kill Ray's workers and the driver of the real job for so long from the first worker on, then let it finish."""
+def ray_storm(folder: Path, seconds: float, seed: int, url: str | None = None) -> dict[str, int]:
+    """Kill Ray's workers and the driver of the real job for so long from the first worker on, then let it finish.
+
+    Args:
+        folder: for the driver's words.
+        url: of the corpus; default one in the folder.
+    """
     rng, told = random.Random(seed), Counter[str]()
-    url = str(folder / "corpus")
+    url = url or str(folder / "corpus")
     oracle = Oracle(open_store(url))
     tree: set[int] = set()
 
@@ -278,7 +284,7 @@ def main() -> int:
         seed = args.seed
         while time.monotonic() < until:
             seed += 1
-            kind = ("folder", "s3", "history", "ray")[(seed - args.seed - 1) % 4]
+            kind = KINDS[(seed - args.seed - 1) % len(KINDS)]
             begun = time.monotonic()
             happened: dict[str, int]
             try:
@@ -290,11 +296,12 @@ def main() -> int:
                         happened = storm(f"s3://{BUCKET}/c{seed}", 8.0, seed, digest, server)
                         happened["faults"] = sum(rule.hits for rule in proxy.rules)
                 elif kind == "history":
-                    run_history(examples=30, steps=40, seed=seed)
-                    happened = {"histories": 30}
+                    run_history(examples=15, steps=40, seed=seed)
+                    happened = {"histories": 15}
                 else:
                     (folder / f"r{seed}").mkdir()
-                    happened = ray_storm(folder / f"r{seed}", 20.0, seed)
+                    url = f"s3://{BUCKET}/r{seed}" if kind == "ray-s3" else None
+                    happened = ray_storm(folder / f"r{seed}", 20.0, seed, url)
             except AssertionError as error:
                 print(f"VIOLATION on {kind} of seed {seed}: {error}", file=sys.stderr)
                 return 1

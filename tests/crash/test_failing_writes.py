@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,22 +160,28 @@ def test_files_that_may_not_grow_are_not_published_short(
     assert corpora.listing(corpus) == undisturbed
 
 
-def test_a_full_disk_publishes_nothing_short_and_a_larger_one_finishes(
-    tmp_path: Path, undisturbed: dict[str, int]
-) -> None:
+@contextlib.contextmanager
+def small_disk(folder: Path, size_kib: int) -> Iterator[Path]:
+    """Mount a file system of so many KiB at a new folder; the test is skipped where that is not allowed."""
     mount, umount = shutil.which("mount"), shutil.which("umount")
     if os.geteuid() != 0 or mount is None or umount is None:
         pytest.skip("a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if made.returncode:
+    folder.mkdir()
+    command = [mount, "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("this system mounts no tmpfs")
     try:
+        yield folder
+    finally:
+        subprocess.run([umount, str(folder)], check=True)
+
+
+def test_a_full_disk_publishes_nothing_short_and_a_larger_one_finishes(
+    tmp_path: Path, undisturbed: dict[str, int]
+) -> None:
+    with small_disk(tmp_path / "disk", 40) as disk:
         for size_kib in range(40, 200, 12):
-            subprocess.run([mount, "-o", f"remount,size={size_kib}k", str(disk)], check=True)
+            subprocess.run(["mount", "-o", f"remount,size={size_kib}k", str(disk)], check=True)
             corpus = open_store(str(disk / "c"))
             said = "No space left"
             try:
@@ -189,8 +196,6 @@ def test_a_full_disk_publishes_nothing_short_and_a_larger_one_finishes(
                 assert size_kib > 40, "the disk was never full"
                 return
         raise AssertionError("it never finished")
-    finally:
-        subprocess.run([umount, str(disk)], check=True)
 
 
 @pytest.mark.parametrize("damage", ["planes", "views", "twice"])
@@ -207,9 +212,26 @@ def test_results_that_cannot_be_written_publish_nothing_and_name_the_sample(any_
     else:
         results["ball-0"] = replace(good, asset=good.asset)
     results["ball-2"] = replace(good, views=tuple(views))
-    with pytest.raises(SampleError, match="ball-2"):
+    named = rf"shard 0 of plan {plan.shards[0].plan_id[:16]} \('ball-0' to 'ball-2'\): .*ball-2"
+    with pytest.raises(SampleError, match=named.replace("('", "(objects '")):
         corpora.commit(any_store, plan.shards[0], results)
     assert [key.split("/")[0] for key in corpora.listing(any_store)] == ["plans"]
+
+
+@pytest.mark.parametrize("what", ["commit", "publish"])
+def test_a_full_scratch_folder_is_named_and_nothing_is_published(tmp_path: Path, what: str) -> None:
+    corpus = open_store(str(tmp_path / "c"))
+    plan = corpora.freeze(corpus)
+    if what == "publish":
+        for one in plan.shards:
+            corpora.commit(corpus, one)
+    before = corpora.listing(corpus)
+    with small_disk(tmp_path / "scratch", 4) as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(scratch))
+        with pytest.raises(StoreError, match=f"{scratch}.*(No space left|[Ee]rrno 28)"):
+            corpora.commit(corpus, plan.shards[0]) if what == "commit" else version.publish(corpus, [plan])
+        assert list(scratch.iterdir()) == []
+    assert corpora.listing(corpus) == before
 
 
 def test_an_interrupt_in_the_middle_of_a_tar_removes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

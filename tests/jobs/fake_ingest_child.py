@@ -22,6 +22,7 @@ parser = argparse.ArgumentParser()
 for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--device")
+parser.add_argument("--border")
 args = parser.parse_args()
 die_with(args.parent_pid)
 FD = args.result_fd
@@ -102,7 +103,7 @@ def misbehave(name: str, names: dict[str, Any]) -> None:
         wire.send(FD, SAMPLE)
 
 
-wire.send(FD, {"type": "ready", "network": "none"})
+wire.send(FD, {"type": "ready", "sandbox": "fake"})
 while True:
     try:
         request, content = receive(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from jobs import produce as produce_module
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, Failure, FailureKind, Sample
 from render import worker as worker_module
+from render.supervisor import Supervisor
 from tests.conftest import make_sample
 
 FAKE_CHILD = Path(__file__).resolve().parents[1] / "render" / "fake_child.py"
@@ -23,6 +27,12 @@ def produce(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failu
     if asset.uid.endswith("3"):
         return Failure(uid=asset.uid, kind=FailureKind.EMPTY_SCENE, message="as asked")
     return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+
+def produce_noting(folder: str, spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make a tiny ball, and leave a file that tells so each time."""
+    (Path(folder) / f"{asset.uid} {secrets.token_hex(8)}").touch()
+    return make_sample(asset.uid, fingerprint=fingerprint, asset=asset, num_views=2, size_px=16)
 
 
 def produce_slowly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
@@ -51,12 +61,36 @@ def produce_poison(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
         os.kill(os.getpid(), signal.SIGKILL)
 
     def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
-        path = Path(f"/nowhere/{mode}.glb")
+        folder = tempfile.TemporaryDirectory()
+        path = Path(folder.name, f"{mode}.glb")
+        path.touch()
         if mode == "hang":
             spec = spec.model_copy(update={"limits": spec.limits.model_copy(update={"deadline_s": 2.0})})
         worker = produce_module._worker(worker_module.RenderWorker, spec, fingerprint)
-        return worker.render(replace(asset, uri=str(path), format="glb"), path)
+        with folder:
+            return worker.render(replace(asset, uri=str(path), format="glb"), path)
 
     worker_module.default_command = lambda: [sys.executable, "-P", "-s", str(FAKE_CHILD)]
     produce_module._render = attempt
     return produce_module.render_asset(spec, fingerprint, asset)
+
+
+def produce_offline_from_12(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make a ball; from seed 12 on the network is gone."""
+    if int(asset.uid.rpartition("-")[2]) >= 12:
+        return Failure(uid=asset.uid, kind=FailureKind.NETWORK, message="no route to host")
+    return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+
+def produce_talking(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """As `produce`, with a careless line in the log."""
+    logging.getLogger("jobs.fakes").info("key %s", os.environ.get("AWS_SECRET_ACCESS_KEY"))
+    return produce(spec, fingerprint, asset)
+
+
+def produce_watched(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """As `produce`, in 50 ms, as if a child had been started for each."""
+    time.sleep(0.05)
+    Supervisor.num_started += 1
+    made = produce(spec, fingerprint, asset)
+    return replace(made, provenance=dict(made.provenance) | {"seconds": {"render": 0.04, "encode": 0.01}})

@@ -85,7 +85,8 @@ def test_a_killed_driver_loses_no_committed_shard(tmp_path: Path) -> None:
     )
     driver.kill()
     driver.wait()
-    kept = files(corpus / "receipts")
+    # An assembly that outlives the driver for a moment may still be writing under a temporary name.
+    kept = {name: digest for name, digest in files(corpus / "receipts").items() if name.endswith(".parquet")}
     summary = build(make_spec(24, 3), str(corpus), produce=fakes.produce_slowly, show_progress=False)
     assert summary.accounted
     assert summary.shards_done_before >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from jobs.build import build
 from jobs.cli import app
-from jobs.dataset import make_dataset, plan_delta, retry
+from jobs.dataset import Rebuilt, make_dataset, plan_delta, retry
 from pipeline import version
 from pipeline.spec import DatasetSpec, ProceduralSource
 from pipeline.store import open_store
@@ -19,7 +20,7 @@ from pipeline.types import FailureKind, UserError
 from tests.jobs import fakes
 from tests.jobs.test_build import files, make_spec
 from tests.jobs.test_cli import refused, run
-from tests.pipeline.histories import Workshop
+from tests.pipeline.histories import Workshop, changed_spec
 
 
 def grown(spec: DatasetSpec, num_objects: int) -> DatasetSpec:
@@ -81,6 +82,50 @@ def planned_and_shared_out(corpus: Path, options: dict[str, Any], said: list[str
         build(other, str(corpus), "0", plan_set=delta.id)
     with pytest.raises(UserError, match="there is no plan nowhere"):
         build(spec, str(corpus), "0", plan_set="nowhere")
+
+
+def test_a_rebuild_by_the_job_pays_for_what_changed_alone(tmp_path: Path) -> None:
+    """A hundred objects; a knob that changes no pixels; one percent more; another number of samples a pixel."""
+    notes, corpus, said = tmp_path / "notes", str(tmp_path / "corpus"), list[str]()
+    notes.mkdir()
+    produce = functools.partial(fakes.produce_noting, str(notes))
+
+    def rebuild(spec: DatasetSpec, **options: Any) -> tuple[Rebuilt, list[str]]:
+        """Rebuild; return what came of it, and the uids that were rendered for it."""
+        before = set(notes.iterdir())
+        done = make_dataset(spec, corpus, produce=produce, show_progress=False, say=said.append, **options)
+        return done, sorted(path.name.split()[0] for path in set(notes.iterdir()) - before)
+
+    spec = make_spec(100, 25)
+    first, made = rebuild(spec)
+    assert sorted(made) == sorted(f"procedural-{i}" for i in range(100))
+    assert first.version is not None
+    shards = version.shards_of(open_store(corpus), first.version.number)
+
+    knobs = changed_spec(
+        spec, split={"salt": "other"}, limits={"deadline_s": 7}, workers={"open_shards": 9},
+        admission={"max_clipped": 0.9}, shards={"objects_per_shard": 10},
+    )  # fmt: skip
+    same, made = rebuild(knobs)
+    assert (same.summary, made) == (None, [])
+    assert said[-1] == "100 listed: nothing to make; 100 held"
+    assert same.version is not None
+    assert version.shards_of(open_store(corpus), same.version.number) == shards
+
+    more, made = rebuild(grown(spec, 101))
+    assert made == ["procedural-100"]
+    assert said[-1] == "101 listed: to make 1 object(s), 32 views (1 new); 100 held"
+    assert more.version is not None
+    assert set(shards) < set(version.shards_of(open_store(corpus), more.version.number))
+
+    finer = changed_spec(grown(spec, 101), render={"samples": 64})
+    looked, made = rebuild(finer, dry_run=True)
+    assert (looked.version, made) == (None, [])
+    assert said[-1] == "101 listed: to make 101 object(s), 3232 views (101 new); none held"
+    done, made = rebuild(finer)
+    assert (len(made), len(set(made))) == (101, 101)
+    assert done.version is not None
+    assert done.version.counts["samples"] == 101
 
 
 def test_a_mistyped_list_of_shards_leaves_no_plan_behind(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs import produce
-from jobs.build import count_slots, require_slots
+from jobs.nodes import count_slots, require_slots
 from pipeline.spec import DatasetSpec, ProceduralSource, WorkerSpec
 from pipeline.types import Asset, Sample, UserError
 from tests.conftest import make_asset, make_sample

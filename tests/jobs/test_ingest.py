@@ -222,7 +222,7 @@ def test_the_real_child_leaves_the_network_and_gives_what_no_child_gives(zips: P
     source, asset = open_captures(spec), list_assets(spec)[0]
     with IngestWorker(spec, fingerprint="f", num_threads=1) as worker:
         sample = worker.ingest(asset, source.open_capture(asset))
-    assert sample.provenance["network"] == "none"
+    assert sample.provenance["sandbox"] == "strict: limits,user,net,ipc,pid,caps,landlock,seccomp"
     code = (
         "import sys, json\nfrom pipeline import mvimgnet, sample, sources, spec\n"
         "one = spec.DatasetSpec.model_validate_json(sys.stdin.read())\n"

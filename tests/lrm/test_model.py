@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from lrm.config import load_config
 from lrm.encoder import ImageEncoder
@@ -24,6 +24,67 @@ def test_the_paper_preset_has_the_papers_parameters() -> None:
     assert counts.decoder_other + counts.field == pytest.approx(4e6, rel=0.2)
     assert counts.total == pytest.approx(452e6, rel=0.005)  # 1.81 GB / 4 of OpenLRM-large
     assert "decoder_layers 360.9" in str(counts)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("paper", (86.43, 360.92, 4.55, 0.05)), ("small", (21.69, 25.99, 1.40, 0.02)), ("tiny", (0.42, 0.61, 0.04, 0.00))],
+)
+def test_presets_keep_their_size(preset: str, millions: tuple[float, ...]) -> None:
+    """A change of architecture must be meant."""
+    with torch.device("meta"):
+        counts = LRM(load_config(preset).model, load_weights=False).parameter_counts()
+    found = (counts.encoder, counts.decoder_layers, counts.decoder_other, counts.field)
+    assert tuple(round(count / 1e6, 2) for count in found) == millions
+
+
+def test_the_paper_s_decoder_by_hand() -> None:
+    """D = 1024, E = 768: three modulations, cross-attention, self-attention, MLP; biases where the module has them."""
+    d, e = 1024, 768
+    modulations = 3 * (d * 2 * d + 2 * d)
+    cross, itself = d * d + e * 2 * d + (d * d + d), d * d + d * 2 * d + (d * d + d)
+    mlp = (d * 4 * d + 4 * d) + (4 * d * d + d)
+    with torch.device("meta"):
+        counts = LRM(load_config("paper").model, load_weights=False).parameter_counts()
+    assert counts.decoder_layers == 16 * (modulations + cross + itself + mlp)
+    assert counts.field == (240 * 64 + 64) + 8 * (64 * 64 + 64) + (64 * 4 + 4)
+    tokens, camera = 3 * 32 * 32 * d, (20 * d + d) + (d * d + d)
+    assert counts.decoder_other == tokens + camera + 2 * d + (d * 80 * 4 + 80)
+
+
+def test_the_paper_preset_has_the_paper_s_shapes() -> None:
+    config = load_config("paper").model
+    with torch.device("meta"):
+        model = LRM(config, load_weights=False)
+        image, camera = torch.empty(2, 3, 512, 512), torch.empty(2, 20)
+        assert model.encoder(image).shape == (2, 1025, 768)
+        assert model.decoder.tokens.shape == (3 * 32 * 32, 1024)
+        assert model.decoder.camera_embedding(camera).shape == (2, 1024)
+        assert model.planes(image, camera).shape == (2, 3, 80, 64, 64)
+    assert (len(model.decoder.layers), model.decoder.layers[0].self_attention.num_heads) == (16, 16)
+    linears = [module for module in model.field.modules() if isinstance(module, torch.nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linears] == [(240, 64), *[(64, 64)] * 8, (64, 4)]
+
+
+def test_dinov2_is_an_encoder_too(tmp_path: Path) -> None:
+    settings = ("model.encoder.kind='dinov2'", "model.encoder.patch_px=4")
+    model = build_model(nano_config(*settings), load_weights=True)
+    assert model.encoder(torch.rand(2, 3, 32, 32)).shape == (2, 65, 32)
+    model.planes(torch.rand(1, 3, 32, 32), torch.rand(1, 20)).sum().backward()
+    lacking = [name for name, p in model.encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert lacking == []  # DDP would wait for them
+    given = Dinov2Model(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=4, image_size=16, patch_size=4
+        )
+    )
+    given.save_pretrained(tmp_path)
+    encoder = ImageEncoder(nano_config(*settings, f"model.encoder.weights='{tmp_path}'").model.encoder)
+    name = "encoder.layer.0.mlp.fc1.weight"
+    assert torch.equal(encoder.vit.state_dict()[name], given.state_dict()[name])
+    assert encoder(torch.rand(1, 3, 32, 32)).shape == (1, 65, 32)
+    with pytest.raises(UserError, match="are of kind 'dinov2', the config says 'vit'"):
+        ImageEncoder(nano_config(f"model.encoder.weights='{tmp_path}'").model.encoder)
 
 
 def test_an_image_becomes_planes_and_views() -> None:

@@ -25,6 +25,7 @@ from pipeline.shard import shard_key
 from pipeline.spec import DatasetSpec, ProceduralSource, ShardSpec
 from pipeline.store import Outcome, Store, open_store
 from pipeline.types import Failure, FailureKind, Sample, UserError
+from tests import corpora
 from tests.conftest import SHARED, make_asset, make_sample
 
 SPEC = DatasetSpec(name="fake", source=ProceduralSource(num_objects=5), shards=ShardSpec(objects_per_shard=3))
@@ -72,17 +73,18 @@ def test_a_corpus_is_planned_committed_published_and_read(store: Store, tmp_path
     assert decode_rgba(got.planes[0]["rgba"]).shape == (32, 32, 4)
 
 
-def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
-    digests = []
-    for name in ("a", "b"):
-        store = open_store(str(tmp_path / name))
-        plan = make_plan(store)
-        commit_all(store, plan, tmp_path)
-        version.publish(store, [plan])
-        digests.append(version.open_version(store).digest)
-    assert digests[0] == digests[1]
-    names = [sorted(p.name for p in (tmp_path / n / "shards").iterdir()) for n in ("a", "b")]
-    assert names[0] == names[1]
+def test_the_same_samples_give_the_same_bytes(store: Store, tmp_path: Path) -> None:
+    """On each kind of store what a folder holds, in the other order of shards: all names, and bytes of shards."""
+    folder, found = open_store(str(tmp_path / "other")), []
+    for one, turn in ((folder, 1), (store, -1)):
+        plan = make_plan(one)
+        for shard in plan.shards[::turn]:
+            receipt.commit_shard(one, shard, results_of(shard), tmp_path)
+            (tmp_path / f"{shard.plan_id}.tar").unlink()
+        found.append((version.publish(one, [plan])[0].digest, sorted(item.key for item in one.list(""))))
+    assert found[0] == found[1]
+    for item in folder.list("shards/"):
+        assert folder.get(item.key) == store.get(item.key)
 
 
 def test_a_shard_is_committed_once_and_the_winner_is_adopted(store: Store, tmp_path: Path) -> None:
@@ -112,27 +114,25 @@ def test_create_never_overwrites(store: Store) -> None:
     assert store.get("k") == b"one"
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "corpus"))
+def test_damage_is_named(store: Store, tmp_path: Path) -> None:
     plan = make_plan(store)
     commit_all(store, plan, tmp_path)
     version.publish(store, [plan])
-    reader = VersionReader.open(str(tmp_path / "corpus"))
-    path = tmp_path / "corpus" / shard_key(reader.rows["shard_sha256"][0].as_py())
-    data = bytearray(path.read_bytes())
+    reader = VersionReader(store, version.open_version(store))
+    key = shard_key(reader.rows["shard_sha256"][0].as_py())
+    data = bytearray(store.get(key))
     entry = receipt.member_index(reader.rows.slice(0, 1).to_pylist()[0])
     data[entry.offsets[2] + 5] ^= 1
-    path.write_bytes(data)
+    corpora.overwrite(store, key, bytes(data))
     reader.read_views(0, [0])
     with pytest.raises(DamagedDataError, match="ball-0"):
         reader.read_views(0, [1])
 
 
-def test_publish_refuses_a_missing_shard(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "corpus"))
+def test_publish_refuses_a_missing_shard(store: Store, tmp_path: Path) -> None:
     plan = make_plan(store)
     commit_all(store, plan, tmp_path)
-    next((tmp_path / "corpus" / "shards").iterdir()).unlink()
+    corpora.remove(store, next(store.list("shards/")).key)
     with pytest.raises(UserError, match="is missing"):
         version.publish(store, [plan])
 
@@ -146,7 +146,7 @@ def test_two_samples_of_one_uid_need_a_choice(store: Store, tmp_path: Path) -> N
     a, b = make_plan(store), make_plan(store, fingerprint="g")
     commit_all(store, a, tmp_path)
     commit_all(store, b, tmp_path)
-    with pytest.raises(UserError, match="two fingerprints"):
+    with pytest.raises(UserError, match=f"'ball-0' of source fake .*two fingerprints.* in the plans {a.id}, {b.id}$"):
         version.publish(store, [a, b])
     assert version.publish(store, [b])[0].record["fingerprints"] == ["g"]
 
@@ -220,37 +220,34 @@ def test_assets_that_share_a_key_are_refused() -> None:
         plans.deal([make_asset("a"), replace(make_asset("a"))], 2, "f")
 
 
-def published(tmp_path: Path) -> tuple[Store, plans.PlanSet]:
-    store = open_store(str(tmp_path / "corpus"))
+def published(store: Store, tmp_path: Path) -> plans.PlanSet:
     plan = make_plan(store)
     commit_all(store, plan, tmp_path)
     version.publish(store, [plan])
-    return store, plan
+    return plan
 
 
-def test_a_list_of_shards_that_was_never_written_is_written_by_the_next_publish(tmp_path: Path) -> None:
-    store, plan = published(tmp_path)
-    path = tmp_path / "corpus/versions/000001.shards.txt"
-    before = path.read_bytes()
-    path.unlink()
+def test_a_list_of_shards_that_was_never_written_is_written_by_the_next_publish(store: Store, tmp_path: Path) -> None:
+    plan, key = published(store, tmp_path), "versions/000001.shards.txt"
+    before = store.get(key)
+    corpora.remove(store, key)
     assert version.publish(store, [plan])[1] is False
-    assert path.read_bytes() == before
-    path.write_bytes(before[:10])
+    assert store.get(key) == before
+    corpora.overwrite(store, key, before[:10])
     with pytest.raises(UserError, match="is damaged"):
         version.publish(store, [plan])
 
 
-def test_a_damaged_manifest_is_not_published_again(tmp_path: Path) -> None:
-    store, plan = published(tmp_path)
-    path = next((tmp_path / "corpus/manifests").iterdir())
-    path.write_bytes(path.read_bytes()[:-1])
+def test_a_damaged_manifest_is_not_published_again(store: Store, tmp_path: Path) -> None:
+    plan, key = published(store, tmp_path), next(store.list("manifests/")).key
+    corpora.overwrite(store, key, store.get(key)[:-1])
     with pytest.raises(UserError, match="is damaged"):
         version.publish(store, [plan])
     with pytest.raises(UserError, match="differs from its digest"):
-        VersionReader.open(str(tmp_path / "corpus")).rows  # noqa: B018 - the table is read when it is asked for
-    path.unlink()
+        VersionReader(store, version.open_version(store)).rows  # noqa: B018 - the table is read when it is asked for
+    corpora.remove(store, key)
     with pytest.raises(UserError, match="manifest of version 1 is missing"):
-        VersionReader.open(str(tmp_path / "corpus")).rows  # noqa: B018
+        VersionReader(store, version.open_version(store)).rows  # noqa: B018
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -281,7 +278,7 @@ def test_any_damage_to_a_record_is_one_typed_error_or_does_no_harm(
 @pytest.fixture(scope="module")
 def damaged_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
-    published(folder)
+    published(open_store(str(folder / "corpus")), folder)
     return folder / "corpus"
 
 

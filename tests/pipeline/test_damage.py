@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import shutil
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +14,8 @@ import pytest
 from pipeline import receipt, version
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.sample import SampleError
-from pipeline.shard import BLOCK, MemberIndex, Shard, verify_shard, write_shard
-from pipeline.store import Store, StoreError, open_store
+from pipeline.shard import BLOCK, MemberIndex, Shard, shard_key, verify_shard, write_shard
+from pipeline.store import Store, StoreError
 from pipeline.types import Plane, Sample, UserError
 from tests import corpora
 from tests.conftest import make_sample
@@ -28,6 +28,25 @@ def small(uid: str) -> Sample:
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     return write_shard([small("ball-0"), small("ball-2")], tmp_path_factory.mktemp("whole") / "whole.tar")
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut"])
+def test_a_disk_that_keeps_other_bytes_is_noticed_while_writing(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pread
+
+    def forgetful(fd: int, count: int, start: int) -> bytes:
+        data = bytearray(real(fd, count, start))
+        if fault == "cut":
+            return bytes(data[: max(0, 3000 - start)])
+        data[-1] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(os, "pread", forgetful)
+    with pytest.raises(DamagedDataError, match=r"new\.tar: bytes 0 to .* are not what was written"):
+        write_shard([small("ball-0"), small("ball-2")], tmp_path / "new.tar")
+    assert not list(tmp_path.iterdir())
 
 
 def members(path: Path) -> dict[str, bytes] | None:
@@ -142,21 +161,19 @@ def test_a_wrong_view_count_and_a_dotted_key_are_refused(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Store:
-    store = open_store(str(tmp_path / "c"))
-    plan = corpora.freeze(store)
+def corpus(any_store: Store) -> Store:
+    plan = corpora.freeze(any_store)
     for one in plan.shards:
-        corpora.commit(store, one)
-    version.publish(store, [plan])
-    return store
+        corpora.commit(any_store, one)
+    version.publish(any_store, [plan])
+    return any_store
 
 
-def test_a_reader_gives_what_was_written_or_names_shard_and_sample(corpus: Store, tmp_path: Path) -> None:
+def test_a_reader_gives_what_was_written_or_names_shard_and_sample(corpus: Store) -> None:
     """Over a stored shard, flipped or cut in the middle of every block: never another byte, never a short plane."""
     reader = VersionReader(corpus, version.open_version(corpus))
-    path = tmp_path / "c" / f"shards/{reader.rows['shard_sha256'][0].as_py()}.tar"
-    shutil.copy(path, tmp_path / "whole")
-    whole = path.read_bytes()
+    name = reader.rows["shard_sha256"][0].as_py()
+    whole = corpus.get(shard_key(name))
     wanted = {row: reader.read_views(row, [1, 0]).planes for row in range(2)}
     entries = [receipt.member_index(row) for row in reader.rows.slice(0, 2).to_pylist()]
     end = entries[-1].offsets[-1] + entries[-1].lengths[-1]
@@ -165,9 +182,9 @@ def test_a_reader_gives_what_was_written_or_names_shard_and_sample(corpus: Store
         flipped = bytearray(whole)
         flipped[place] ^= 0x40
         for data in (bytes(flipped), whole[:place]):
-            path.write_bytes(data)
+            corpora.overwrite(corpus, shard_key(name), data)
             for row, planes in wanted.items():
-                said, found = f"{path.stem}", planes
+                said, found = name, planes
                 try:
                     found = reader.read_views(row, [1, 0]).planes
                     harmless += 1
@@ -175,19 +192,21 @@ def test_a_reader_gives_what_was_written_or_names_shard_and_sample(corpus: Store
                     refused += 1
                     said = str(error)
                 assert found == planes
-                assert path.stem in said
+                assert name in said
                 assert "\n" not in said
     assert refused > 20
     assert harmless > 20
-    path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "longer", "empty"])
-def test_publish_refuses_a_shard_of_another_length(corpus: Store, tmp_path: Path, damage: str) -> None:
-    path = next((tmp_path / "c/shards").iterdir())
-    data = path.read_bytes()
-    path.unlink()
+def test_publish_refuses_a_shard_of_another_length_and_says_whose_it_is(corpus: Store, damage: str) -> None:
+    done = receipt.load(corpus, version.plan_sets(corpus)[0].shards[1].plan_id)
+    key = shard_key(str(done.shard_sha256))
+    data = corpus.get(key)
+    corpora.remove(corpus, key)
     if damage != "missing":
-        path.write_bytes({"cut": data[:-1], "longer": data + b"x", "empty": b""}[damage])
-    with pytest.raises(UserError, match=path.stem):
+        corpora.overwrite(corpus, key, {"cut": data[:-1], "longer": data + b"x", "empty": b""}[damage])
+    with pytest.raises(
+        UserError, match=rf"{key} \('ball-3' and 1 more\).*remove {receipt.receipt_key(done.plan_id)} and"
+    ):
         version.publish(corpus, version.plan_sets(corpus))

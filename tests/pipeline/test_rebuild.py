@@ -21,6 +21,7 @@ from pipeline.spec import AdmissionSpec
 from pipeline.store import Store, open_store
 from pipeline.types import FailureKind, UserError
 from pipeline.version import Version
+from tests import corpora
 from tests.conftest import make_sample
 from tests.pipeline.histories import SPEC, CrashError, Workshop, changed_spec
 
@@ -290,16 +291,16 @@ def test_a_compaction_that_died_goes_on_where_it_was(shop: Workshop, monkeypatch
     assert not version.verify_version(shop.store, deep=True).problems
 
 
-def test_a_damaged_sample_is_not_copied(tmp_path: Path) -> None:
-    shop = Workshop(open_store(str(tmp_path / "corpus")))
+def test_a_damaged_sample_is_not_copied(store: Store) -> None:
+    shop = Workshop(store)
     shop.put(NAMES[:3])
     shop.dataset()
     version.tombstone(shop.store, ["ball-00", "ball-01"])
-    path = next((tmp_path / "corpus/shards").iterdir())
-    data = bytearray(path.read_bytes())
+    key = next(store.list("shards/")).key
+    data = bytearray(store.get(key))
     row = VersionReader(shop.store, version.open_version(shop.store)).rows.to_pylist()[0]
     data[row["offset"] + 3] ^= 1
-    path.write_bytes(data)
+    corpora.overwrite(store, key, bytes(data))
     before = listing(shop.store)
     with pytest.raises(DamagedDataError, match=r"ball-02\.json"):
         compact.compact(shop.store)
@@ -336,9 +337,9 @@ def test_collection_keeps_roots_and_the_young_and_is_a_dry_run(shop: Workshop) -
         assert not version.verify_version(store, number, deep=True).problems
 
 
-def test_a_shard_that_was_copied_out_goes_once_no_version_names_it(tmp_path: Path) -> None:
+def test_a_shard_that_was_copied_out_goes_once_no_version_names_it(store: Store) -> None:
     """Versions are for ever, so this corpus is made as one whose version 1 came after the compaction."""
-    shop = Workshop(open_store(str(tmp_path / "a")))
+    shop = Workshop(store)
     shop.put(NAMES)
     shop.dataset()
     version.tombstone(shop.store, ["ball-00", "ball-01"])
@@ -346,12 +347,10 @@ def test_a_shard_that_was_copied_out_goes_once_no_version_names_it(tmp_path: Pat
     newest = version.open_version(shop.store)
     old = set(version.shards_of(shop.store, 1)) - set(version.shards_of(shop.store, newest.number))
     assert len(old) == 1
-    for number in (1, 2):
-        (tmp_path / f"a/versions/{number:06d}.json").unlink()
-        (tmp_path / f"a/versions/{number:06d}.shards.txt").unlink()
-    record = (tmp_path / "a/versions/000003.json").rename(tmp_path / "a/versions/000001.json")
-    (tmp_path / "a/versions/000003.shards.txt").rename(tmp_path / "a/versions/000001.shards.txt")
-    assert record.exists()
+    for ending in ("json", "shards.txt"):
+        corpora.overwrite(store, f"versions/000001.{ending}", store.get(f"versions/000003.{ending}"))
+        for number in (2, 3):
+            corpora.remove(store, f"versions/{number:06d}.{ending}")
     found = garbage.collect(shop.store, grace_s=0, delete=True, now_s=time.time() + 1)
     assert {shard_key(sha256) for sha256 in old} <= {item.key for item in found.items}
     assert shop.dataset().counts["samples"] == 8, "its receipts stay and harm nobody"
@@ -370,18 +369,18 @@ def test_a_rule_that_kills_a_sample_does_not_free_its_bytes(shop: Workshop) -> N
     assert len(shop.made) == 10
 
 
-def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
-    shop = Workshop(open_store(str(tmp_path / "corpus")))
+def test_verify_names_what_is_wrong(store: Store) -> None:
+    shop = Workshop(store)
     shop.put(NAMES)
     shop.dataset()
     found = version.verify_version(shop.store, deep=True)
     assert (found.shards, found.digested, found.decoded_samples, found.problems) == (4, 4, 10, ())
     rows = VersionReader(shop.store, version.open_version(shop.store)).rows.to_pylist()
-    path = tmp_path / "corpus" / shard_key(rows[4]["shard_sha256"])
-    whole = path.read_bytes()
+    key = shard_key(rows[4]["shard_sha256"])
+    whole = store.get(key)
     flipped = bytearray(whole)
     flipped[rows[4]["offset"] + 10] ^= 1
-    path.write_bytes(flipped)
+    corpora.overwrite(store, key, bytes(flipped))
     assert "holds other bytes" in version.verify_version(shop.store).problems[0]
     problems = version.verify_version(shop.store, deep=True).problems
     assert len(problems) == 2
@@ -390,12 +389,12 @@ def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     shop.rebuild()
     with pytest.raises(UserError, match="holds other bytes than its name says"):
         version.publish(shop.store, version.plan_sets(shop.store), SPEC, deep=True)
-    path.write_bytes(whole[:-1024])
+    corpora.overwrite(store, key, whole[:-1024])
     assert "its receipt says" in version.verify_version(shop.store).problems[0]
     with pytest.raises(UserError, match="nothing was published"):
         shop.publish()
-    path.write_bytes(whole)
-    (tmp_path / "corpus/versions/000001.shards.txt").unlink()
+    corpora.overwrite(store, key, whole)
+    corpora.remove(store, "versions/000001.shards.txt")
     assert "does not list" in version.verify_version(shop.store).problems[0]
 
 

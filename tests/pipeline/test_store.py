@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import folder, store, uploads
+from pipeline import folder, garbage, store, uploads
 from pipeline.backends import short_error
 from pipeline.store import MissingObjectError, Outcome, Store, StoreError, join_ranges, open_store
 from pipeline.types import UserError
@@ -177,7 +177,9 @@ def test_an_upload_whose_writer_was_killed_is_found_and_aborted(s3_url: str, tmp
     other = open_store(f"{s3_url}/killed-not")
     assert other.sweep_uploads(0) == [], "another corpus of the bucket is not ours to sweep"
     assert corpus.sweep_uploads(3600, delete=True) == [], "young uploads may be under way"
-    assert {item.key for item in corpus.sweep_uploads(0, delete=True)} == {"shards/big.tar"}
+    assert garbage.collect(corpus, grace_s=0).uploads == ("shards/big.tar",), "`make gc` tells of it"
+    assert garbage.collect(corpus, grace_s=3600, delete=True).uploads == ()
+    assert garbage.collect(corpus, grace_s=0, delete=True).uploads == ("shards/big.tar",)
     assert corpus.sweep_uploads(0) == []
     assert corpus.create_blob("shards/big.tar", path, 40 * 2**20) is Outcome.CREATED
 
@@ -290,6 +292,21 @@ def test_a_store_that_ignores_preconditions_is_refused(
         with pytest.raises(UserError, match="ignores create-if-absent") as info:
             open_store(f"{cloud}://bucket/corpus").probe()
         assert "\n" not in str(info.value)
+
+
+def test_a_real_server_behind_a_gateway_that_drops_the_precondition_is_refused(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway forwards everything but one header, so the server overwrites: only the probe can tell."""
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        rule = proxy.harm(Fault(strip="if-none-match"), method="PUT", times=None)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        corpus = open_store(f"{s3_url}/careless")
+        with pytest.raises(UserError, match="ignores create-if-absent") as info:
+            corpus.probe()
+        assert rule.hits >= 2
+        assert "\n" not in str(info.value)
+        assert list(corpus.list("")) == []
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,53 @@ def _scripts(bpy: Any) -> None:
     driver.expression = f"__import__('pathlib').Path({mark!r}).write_text('ran')"
 
 
+def _intruder(bpy: Any) -> None:
+    """A cube that tries to run scripts and to show a picture from elsewhere; argv[3] is a folder, argv[4] a port."""
+    cage, port = sys.argv[3], sys.argv[4]
+    _cube("seen")
+    act = (
+        f"import pathlib, socket; pathlib.Path({cage + '/cuckoo'!r}).write_text('ran'); "
+        f"socket.create_connection(('127.0.0.1', {port})).send(b'ran')"
+    )
+    text = bpy.data.texts.new("run.py")
+    text.write(f"import bpy\n{act}\nbpy.app.handlers.load_post.append(lambda *_: exec({act!r}))\n")
+    text.use_module = True
+    for axis, expression in enumerate((f"exec({act!r}) or 0", f"__import__('os').system('touch {cage}/cuckoo')")):
+        bpy.context.object.driver_add("location", axis).driver.expression = expression
+    _outside_picture(bpy, f"{cage}/secret.png")
+
+
+def _intruder_fbx(bpy: Any) -> None:
+    """An FBX of a cube whose texture lies at an absolute path."""
+    _cube("seen")
+    _outside_picture(bpy, f"{sys.argv[3]}/secret.png")
+    bpy.ops.export_scene.fbx(filepath=sys.argv[2], path_mode="ABSOLUTE", object_types={"MESH"})
+
+
+def _named_usd(bpy: Any) -> None:
+    """A binary USD layer that names the file argv[3], among enough other words to be worth compressing."""
+    bpy.utils.expose_bundled_modules()
+    from pxr import Sdf, Usd
+
+    stage = Usd.Stage.CreateNew(sys.argv[2])
+    for i in range(50):
+        stage.DefinePrim(f"/a_rather_repetitive_name_of_a_prim_{i}")
+    prim = stage.GetPrimAtPath("/a_rather_repetitive_name_of_a_prim_7")
+    prim.CreateAttribute("file", Sdf.ValueTypeNames.Asset).Set(Sdf.AssetPath(sys.argv[3]))
+    stage.Save()
+
+
+def _outside_picture(bpy: Any, path: str) -> None:
+    material = bpy.data.materials.new("outside")
+    material.use_nodes = True
+    tree = material.node_tree
+    shown = tree.nodes.new("ShaderNodeTexImage")
+    shown.image = bpy.data.images.load(path)
+    surface = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
+    tree.links.new(shown.outputs["Color"], surface.inputs["Base Color"])
+    bpy.context.object.data.materials.append(material)
+
+
 def _odd(_bpy: Any) -> None:
     vertices = _cube("seen").data.vertices
     vertices[0].co.y, vertices[1].co.y = float(sys.argv[3]), -float(sys.argv[3])

@@ -23,6 +23,7 @@ parser = argparse.ArgumentParser()
 for name in ("--result-fd", "--parent-pid", "--memory-bytes", "--threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--device")
+parser.add_argument("--border")
 args = parser.parse_args()
 die_with(args.parent_pid)
 
@@ -82,6 +83,24 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     elif mode == "nan":
         text = b'{"type": "scene", "quality": {"x": NaN}}'
         os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
+    elif mode in ("infinite", "digits", "deep"):
+        value = {"infinite": "1e999", "digits": "1" * 4000, "deep": "[" * 20 + "]" * 20}[mode]
+        text = b'{"type": "scene", "quality": {"x": %s}}' % value.encode()
+        os.write(out, wire.PREFIX.pack(b"LRM1", len(text), 0) + text)
+    elif mode == "escape":
+        sys.stderr.write("\x1b[31mcoloured\n")
+        said = "red \x1b[31m and \udc80 alone\nsecond line"
+        wire.send(out, {"type": "error", "kind": "import_error", "message": said})
+        return
+    elif mode in ("fill", "fill-unseen"):
+        path = Path(os.environ["TMPDIR"], "hoard")
+        with path.open("wb") as file:
+            if mode == "fill-unseen":
+                path.unlink()
+            while True:
+                file.write(bytes(2**20))
+                file.flush()
+                time.sleep(0.02)
     elif mode == "shape":
         wire.send(out, SCENE)
         sides()
@@ -108,7 +127,7 @@ def behave(mode: str, request: dict[str, Any]) -> None:
     wire.send(out, SCENE)
     sides()
     for i in {"few": range(count - 1), "many": range(count + 1), "order": [1, 0]}.get(mode, range(count)):
-        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**400}}
+        odd: dict[str, Any] = {"facts": {f"fact {i}": 1}, "huge": {"cropped": 10**17}}
         more = {"facts": odd[mode]} if mode in odd else {}
         view(i, size, 0.0 if mode == "blank" else 0.5, **more)
     wire.send(out, {"type": "done", "seconds": {"import": 0.1}})

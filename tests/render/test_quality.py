@@ -32,8 +32,11 @@ def test_a_sample_that_a_rule_refuses_is_a_failure_that_names_the_key(
     tmp_path: Path, rule: dict[str, object], kind: FailureKind | None
 ) -> None:
     """The stand-in's pictures are white from edge to edge."""
-    path = Path("/nowhere/good.glb")
-    with RenderWorker(make_spec(admission=rule), fingerprint="f", scratch_dir=tmp_path, child_command=FAKE) as worker:
+    path = tmp_path / "good.glb"
+    path.touch()
+    with RenderWorker(
+        make_spec(admission=rule), fingerprint="f", scratch_dir=tmp_path / "scratch", child_command=FAKE
+    ) as worker:
         if kind is None:
             flags = worker.render(asset_of(path), path).quality["flags"]
             assert set(flags) == {"single_colour", "touches_border", "over_exposed"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.types import Asset, AssetError, FailureKind, Sample
+from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample
 from render.process import LOG_RING_BYTES, ScratchFolder, family, scrubbed_environment
 from render.worker import RenderWorker
 from tests.render.conftest import BLENDER_5, SHARED, asset_of, make_spec
 from tests.render.files import ball, write_obj
+
+POISON = Path(tempfile.mkdtemp(prefix="lrm-poison-"))
+atexit.register(shutil.rmtree, POISON, ignore_errors=True)
 
 FAKE = [sys.executable, "-P", "-s", str(Path(__file__).with_name("fake_child.py"))]
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +48,15 @@ def fake(tmp_path: Path) -> Iterator[MakeWorker]:
     assert list((tmp_path / "scratch").iterdir()) == [], "a temporary folder was left behind"
 
 
+def poison(mode: str) -> Path:
+    """Return a file whose name tells the fake child how to behave."""
+    path = POISON / f"{mode}.glb"
+    path.touch()
+    return path
+
+
 def attempt(worker: RenderWorker, mode: str) -> AssetError:
-    path = Path(f"/nowhere/{mode}.glb")
+    path = poison(mode)
     with pytest.raises(AssetError) as caught:
         worker.render(asset_of(path), path)
     return caught.value
@@ -54,7 +67,7 @@ def pid_of(worker: RenderWorker) -> int:
 
 
 def good(worker: RenderWorker) -> Sample:
-    path = Path("/nowhere/good.glb")
+    path = poison("good")
     return worker.render(asset_of(path), path)
 
 
@@ -74,6 +87,9 @@ def alive(pid: int) -> bool:
         ("garbage", FailureKind.RENDER_CRASH, "starts with b'Trac'"),
         ("header", FailureKind.RENDER_CRASH, "header of 2147483648 bytes"),
         ("nan", FailureKind.RENDER_CRASH, "NaN"),
+        ("infinite", FailureKind.RENDER_CRASH, "1e999 is not a finite number"),
+        ("digits", FailureKind.RENDER_CRASH, "an integer of 4000 digits"),
+        ("deep", FailureKind.RENDER_CRASH, "nested deeper than 12"),
         ("shape", FailureKind.RENDER_CRASH, "view 0: it came with 16384 bytes of pixels; 15872 are right for its box"),
         ("box", FailureKind.RENDER_CRASH, "view 0: its box [0, 0, 32, 33] does not lie in 32 x 32 px"),
         ("planes", FailureKind.RENDER_CRASH, "['rgba', 'depth']; ['rgba'] were asked for"),
@@ -98,8 +114,26 @@ def test_a_misbehaving_child_gives_a_typed_failure_and_the_next_asset_renders(
     assert len(good(worker).views) == 2
 
 
+def test_a_full_scratch_folder_is_stopped_even_if_the_file_has_no_name(fake: MakeWorker) -> None:
+    for mode in ("fill", "fill-unseen"):
+        worker = fake(limits={"scratch_bytes": 2**25})
+        error = attempt(worker, mode)
+        assert error.kind is FailureKind.TOO_LARGE
+        assert "32 MiB are allowed (limits.scratch_bytes)" in error.message
+        assert len(good(worker).views) == 2
+
+
+def test_what_the_child_says_reaches_rows_as_printable_text(fake: MakeWorker) -> None:
+    error = attempt(fake(), "escape")
+    assert error.message == "red \ufffd[31m and \ufffd alone\nsecond line"
+    failure = Failure.from_error("x", error)
+    assert failure.message == "red \ufffd[31m and \ufffd alone second line"
+    assert "\x1b" not in failure.log_tail
+    assert "coloured" in failure.log_tail
+
+
 def test_numbers_that_no_measurement_gives_are_dropped(fake: MakeWorker) -> None:
-    path = Path("/nowhere/huge.glb")
+    path = poison("huge")
     assert "cropped" not in fake().render(asset_of(path), path).quality["views"]
 
 
@@ -202,7 +236,7 @@ def test_an_interrupt_kills_the_child(fake: MakeWorker) -> None:
     pid = pid_of(worker)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    path = Path("/nowhere/hang.glb")
+    path = poison("hang")
     with pytest.raises(KeyboardInterrupt):
         worker.render(asset_of(path), path)
     assert not alive(pid)

@@ -1,0 +1,226 @@
+"""Rules that stop or pause a run, structured logs, and the metrics that Ray exports."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import guard, logs, runs, watch
+from jobs.build import build
+from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
+from jobs.metrics import COUNTERS, GAUGES
+from jobs.status import corpus_status
+from pipeline import version
+from pipeline.receipt import load
+from pipeline.spec import DatasetSpec
+from pipeline.store import open_store
+from pipeline.types import UserError
+from tests.conftest import make_asset
+from tests.jobs import fakes
+from tests.jobs.test_build import make_spec, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAFANA = ROOT / "jobs" / "cluster" / "grafana"
+KINDS = st.sampled_from([None, None, "network", "empty_scene", "licence_excluded"])
+
+
+def with_workers(spec: DatasetSpec, **changes: object) -> DatasetSpec:
+    return spec.model_copy(update={"workers": spec.workers.model_copy(update=changes)})
+
+
+# Too many failures.
+
+
+@given(st.lists(KINDS, max_size=60), st.integers(2, 10), st.floats(0.1, 1.0))
+def test_the_share_of_the_last_objects_decides(kinds: list[str | None], window: int, limit: float) -> None:
+    guard, counted = FailureGuard(limit, window), list[str | None]()
+    for kind in kinds:
+        if kind != "licence_excluded":
+            counted.append(kind)
+        last = counted[-window:]
+        failed = sum(one is not None for one in last)
+        if kind != "licence_excluded" and len(last) == window and failed / window > limit:
+            with pytest.raises(RunStoppedError) as caught:
+                guard.saw(kind)
+            assert f"{failed} of the last {window}" in str(caught.value)
+            return
+        guard.saw(kind)
+        assert guard.share == pytest.approx(failed / len(last) if last else 0.0)
+
+
+def test_a_run_that_mostly_fails_stops_with_a_reason_and_goes_on_when_asked(tmp_path: Path) -> None:
+    corpus = str(tmp_path / "c")
+    spec = with_workers(make_spec(40, 4), failure_window=10, max_failure_share=0.6)
+    with pytest.raises(
+        RunStoppedError, match=r"of the last 10 objects failed \(network \d+\).*max_failure_share = 0.6"
+    ):
+        build(spec, corpus, produce=fakes.produce_offline_from_12, show_progress=False)
+    store = open_store(corpus)
+    found = corpus_status(store)
+    (plan,) = found["plans"]
+    assert plan["samples"] >= 8, "what was good stays"
+    assert plan["open"] >= 16, "it stopped early"
+    (run,) = found["runs"]
+    assert run["state"] == "stopped"
+    assert "network" in run["reason"]
+    mended = build(spec, corpus, produce=fakes.produce, show_progress=False)
+    assert mended.accounted
+    assert corpus_status(store)["runs"] == []
+    assert mended.failures.get("network", 0) <= 8, "open shards of failures were made again"
+
+
+# Disks.
+
+
+def test_a_full_disk_is_named_and_waited_for(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    assert DiskGuard([tmp_path], 0).full() == ""
+    assert DiskGuard([tmp_path / "not" / "there" / "yet"], free // 2).full() == ""
+    found = DiskGuard([tmp_path], 2 * free + 2**40).full()
+    assert str(tmp_path) in found
+    assert "workers.min_free_bytes" in found
+
+
+def test_a_task_gives_its_object_back_where_its_node_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(watch, "ROOM_WAIT_S", 0.1)
+    monkeypatch.setattr(guard, "POLL_S", 0.05)
+    monkeypatch.setattr(guard, "LOOK_S", 0.05)
+    asset = make_asset("procedural-1")
+    none = with_workers(make_spec(), min_free_bytes=2**60)
+    told, result = watch.watched(fakes.produce, none, "f", asset)
+    assert result is None
+    assert "workers.min_free_bytes" in told["full"]
+    told, result = watch.watched(fakes.produce, with_workers(none, min_free_bytes=0), "f", asset)
+    assert result is not None
+    assert "full" not in told
+    assert result.provenance["trace"] == logs.trace_of("f", asset.uid)
+    assert told["bytes"] == sum(len(p.data) for view in result.views for p in view.planes.values())  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 96 MiB; the test is skipped where none can be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96m", "lrm-test", str(place)], capture_output=True, check=False
+    ).returncode:  # fmt: skip
+        pytest.skip("needs root and the right to mount a tmpfs")
+    return place
+
+
+def test_a_run_pauses_while_the_disk_of_its_corpus_is_full_and_then_goes_on(
+    small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        ballast, corpus = small_disk / "ballast", small_disk / "c"
+        ballast.write_bytes(bytes(64 * 2**20))
+        spec = with_workers(make_spec(6, 3), min_free_bytes=48 * 2**20)
+        store, seen = open_store(str(corpus)), list[runs.Run]()
+
+        def make_room() -> None:
+            wait_for(lambda: any(run.state == "paused" for run in runs.look(store)))
+            seen.extend(runs.look(store))
+            assert not (corpus / "receipts").exists()
+            ballast.unlink()
+
+        operator = threading.Thread(target=make_room)
+        operator.start()
+        assert build(spec, str(corpus), produce=fakes.produce, show_progress=False).accounted
+        operator.join()
+        assert "MiB free" in seen[0].reason
+        said = capfd.readouterr().err
+        assert said.index("paused: ") < said.index("goes on: there is room again")
+    finally:
+        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+
+
+# Structured logs.
+
+
+def test_every_event_is_a_line_with_a_trace_that_leads_to_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRM_LOG", f"json:{tmp_path / 'log'}")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
+    code = (
+        "from jobs import logs\nlogs.setup()\n"
+        "from jobs.build import build\nfrom tests.jobs import fakes\nfrom tests.jobs.test_build import make_spec\n"
+        f"build(make_spec(7, 4), {str(tmp_path / 'c')!r}, produce=fakes.produce_talking, show_progress=False)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    text = "".join(path.read_text() for path in (tmp_path / "log").iterdir())
+    assert "very-secret-value" not in text
+    assert "***" in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    counts = Counter(line["event"] for line in lines)
+    assert counts == {
+        "run_started": 1, "object_started": 7, "object_done": 6, "object_failed": 1, "shard_committed": 2,
+        "run_ended": 1, "log": 7,
+    }  # fmt: skip
+    store = open_store(str(tmp_path / "c"))
+    rows = [row for name in version.plan_sets(store)[0].plan_ids for row in load(store, name).rows.to_pylist()]
+    traces = {row["uid"]: json.loads(row["provenance"])["trace"] for row in rows}
+    assert {line["uid"]: line["trace"] for line in lines if line["event"] == "object_started"} == traces
+    assert {line["trace"] for line in lines if line["event"] == "log"} == set(traces.values())
+
+
+@given(st.text(max_size=50), st.text(alphabet="abcXYZ0189/+=", min_size=6, max_size=40))
+def test_no_secret_is_in_a_line(before: str, secret: str) -> None:
+    secret = f"s{secret}"
+    os.environ["LRM_TEST_TOKEN"] = secret
+    try:
+        record = logging.LogRecord("jobs", logging.INFO, "", 0, "%s", (before + secret,), None)
+        record.fields = {"url": f"https://user:{secret}@host/x?X-Amz-Signature={secret}", "more": [{"a": secret}]}
+        line = logs.JsonFormatter().format(record)
+        assert secret not in json.dumps(json.loads(line), ensure_ascii=False)
+        assert "\n" not in line
+    finally:
+        del os.environ["LRM_TEST_TOKEN"]
+
+
+def test_a_log_format_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_forms", [])
+    monkeypatch.setenv("LRM_LOG", "xml")
+    with pytest.raises(UserError, match="LRM_LOG=xml: use text, json"):
+        logs.setup()
+
+
+# Metrics.
+
+
+def queries() -> list[str]:
+    """Every query of the dashboard, for all sessions and any minute."""
+    board = json.loads((GRAFANA / "lrm-corpus.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return [text.replace("$session", ".*").replace("$__rate_interval", "1m") for text in found]
+
+
+def alerts() -> list[str]:
+    """Every expression of the alert rules."""
+    rules = yaml.safe_load((GRAFANA / "alerts.yml").read_text())
+    return [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+
+
+def series_of(texts: list[str]) -> set[str]:
+    return {name for text in texts for name in re.findall(r"\bray_lrm_\w+", text)}
+
+
+def test_the_dashboard_and_the_alerts_ask_for_what_is_exported() -> None:
+    exported = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
+    assert series_of(queries() + alerts()) == exported - {"ray_lrm_shards_committed_total"}
