@@ -150,9 +150,24 @@ def _picture(line: _Line, request: dict[str, Any]) -> None:
     from pipeline.capture_checks import outlined
 
     frame = line.read(request["frame"], request["max_bytes"])
-    mask = None if request["mask"] is None else line.read(request["mask"], request["max_bytes"])
+    if request["mask"] is not None:
+        mask: bytes | None = line.read(request["mask"], request["max_bytes"])
+    else:
+        mask = None if request["command"] is None else _made_mask(request["command"], frame, request["name"])
     image = outlined(frame, mask, request["size_px"], request["threshold"])
     line.tell({"type": "picture", "shape": list(image.shape)}, image.tobytes())
+
+
+def _made_mask(command: str, frame: bytes, name: str) -> bytes | None:
+    """Return the mask that the spec's hook makes of a frame, as PNG; None where it fails."""
+    import cv2
+
+    from pipeline.masks import hook_mask
+
+    try:
+        return cv2.imencode(".png", hook_mask(command, frame, name))[1].tobytes()
+    except AssetError:
+        return None
 
 
 def receive(fd: int) -> tuple[dict[str, Any], bytes]:

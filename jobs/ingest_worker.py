@@ -130,7 +130,7 @@ class IngestWorker(Supervisor):
         )
 
     def picture(self, asset: Asset, capture: OpenCapture, frame: str, size_px: int) -> NDArray[np.uint8]:
-        """Return a frame with the outline of its mask, straight RGB uint8 [H, W, 3].
+        """Return a frame with the outline of its mask, the hook's where it has none, straight RGB uint8 [H, W, 3].
 
         Args:
             size_px: its longer side, MAX_PICTURE_PX at most.
@@ -146,6 +146,8 @@ class IngestWorker(Supervisor):
             "type": "picture",
             "frame": places[capture.files.frames[frame]],
             "mask": None if mask is None else places[mask],
+            "command": self._spec.capture.mask_command,
+            "name": frame,
             "max_bytes": MAX_FRAME_BYTES,
             "size_px": size_px,
             "threshold": self._spec.capture.mask_threshold,

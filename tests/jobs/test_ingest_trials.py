@@ -18,7 +18,8 @@ from jobs.check import check_captures
 from jobs.ingest_worker import IngestWorker
 from jobs.produce import close_worker, ingest_capture, needs_trial
 from pipeline import version
-from pipeline.sources import list_assets
+from pipeline.capture_checks import OUTLINE
+from pipeline.sources import list_assets, open_captures
 from pipeline.spec import AdmissionSpec, CaptureSpec, ColmapSource, DatasetSpec, ProceduralSource
 from pipeline.store import open_store
 from pipeline.types import Failure, FailureKind, UserError
@@ -67,6 +68,20 @@ def test_a_hook_is_tried_in_the_child_that_will_run_it(captures: Path, tmp_path:
     assert said.endswith("no weights here")
     with pytest.raises(UserError, match=r"'/no/such/hook' cannot be run"):
         trial(captures, "/no/such/hook {image} {mask}")
+
+
+def test_pictures_show_the_masks_that_a_hook_made(captures: Path, tmp_path: Path) -> None:
+    def outlined(**capture: Any) -> int:
+        spec = spec_of(captures, **capture)
+        source = open_captures(spec)
+        (asset,) = source.list_assets()
+        with IngestWorker(spec, fingerprint="f") as worker:
+            image = worker.picture(asset, source.open_capture(asset), "003.jpg", 128)
+        return int((image == OUTLINE).all(axis=2).sum())
+
+    assert outlined(mask_command=hook(tmp_path, GOOD)) > 50
+    assert outlined(mask_command=hook(tmp_path, "raise SystemExit(1)")) == 0
+    assert outlined() == 0
 
 
 def test_rembg_that_is_not_there_or_has_no_weights_is_one_line(captures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
