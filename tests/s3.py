@@ -93,6 +93,8 @@ def _server(folder: Path, num_volumes: int, address: str, prefix: Sequence[str])
             stderr=log,
             start_new_session=True,
             cwd=folder,
+            # It takes keys of the environment for an administrator's, in the place of its own of the same name.
+            env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
             preexec_fn=die_with_parent,  # noqa: PLW1509 - prctl alone
         )
         try:

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_s3_up_gives_a_server_and_takes_it_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-another-server")
     if number == signal.SIGINT:
         made = subprocess.run(["make", "-n", "s3-up", "OUT=x"], cwd=ROOT, capture_output=True, text=True, check=True)
         assert "-m tests.s3 'x/s3'" in made.stdout

@@ -187,10 +187,13 @@ class History(RuleBasedStateMachine):
         for _ in range(days):
             self.dataset(name="a", fingerprint="f", variant=2, crash=None)
 
-    @rule()
-    def weekly(self) -> None:
-        """What is there to collect is looked at, then collected: an old stray, not a young one."""
+    @rule(withdrawn=st.none() | st.sampled_from(UIDS))
+    def weekly(self, withdrawn: str | None) -> None:
+        """The corpus is tidied: an object withdrawn, shards compacted, an old stray collected, and not a young one."""
         self.store.clock_s += 3 * HOUR
+        if self.model.versions and withdrawn in self.model.versions[-1]:
+            self._tombstone([withdrawn], None)
+            self.compact(dead_share=0.0, crash=None)
         for delete in (False, True):
             self.collect(grace_h=2, delete=delete, crash=None, strays={0: 0, 1: 30})
 
@@ -213,7 +216,9 @@ class History(RuleBasedStateMachine):
         known = sorted(self.model.versions[-1].keys() | self.model.dead)
         if not known:
             return
-        uids = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2), label="uids")
+        self._tombstone(data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2), label="uids"), crash)
+
+    def _tombstone(self, uids: list[str], crash: Crashing) -> None:
         dead = self.model.dead | set(uids)
         shows: dict[str, Result] = {
             uid: ("failure", "withdrawn") if uid in dead and result[0] == "sample" else result

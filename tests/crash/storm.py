@@ -233,6 +233,8 @@ def ray_storm(folder: Path, seconds: float, seed: int, url: str | None = None) -
             break
         assert code == TYPED_EXIT, f"the driver ended with {code}: {(folder / 'driver.log').read_text()[-2000:]}"
         told["refused"] += 1
+        said = (folder / "driver.log").read_text(errors="replace").strip().splitlines()
+        print(f"the driver gave up: {said[-1] if said else 'without a word'}", file=sys.stderr)
         code = drive().wait(300)
     assert code == 0
     oracle.settle(RAY_OBJECTS, None, allowed=frozenset({"empty_scene", "quarantined"}))
