@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -242,6 +243,52 @@ def test_the_real_child_leaves_the_network_and_gives_what_no_child_gives(zips: P
     expected, digest = json.loads(done.stdout)
     assert sample.asset.sha256 == digest
     assert json.loads(json.dumps(sample_metadata(sample))) == expected | {"asset_sha256": digest}
+
+
+SPY = """
+import socket, sys
+from pathlib import Path
+where, port, image, mask = sys.argv[1:]
+canary = where.removeprefix("at=")
+def attempt(name, act):
+    try:
+        act()
+    except OSError as error:
+        print(name, type(error).__name__, file=sys.stderr)
+    else:
+        print(name, "SUCCEEDED", file=sys.stderr)
+attempt("read", lambda: Path(canary).read_text())
+attempt("write", lambda: Path(canary + ".cuckoo").write_text("x"))
+attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(port))))
+print("image", Path(image).stat().st_size > 1000, file=sys.stderr)
+sys.exit(3)
+"""
+
+
+def test_a_command_for_masks_runs_behind_the_border_too(zips: Path, tmp_path: Path) -> None:
+    (tmp_path / "hook").mkdir()
+    script, canary = tmp_path / "hook" / "spy.py", tmp_path / "canary.txt"
+    script.write_text(SPY)
+    canary.write_text("a canary")
+    with socket.create_server(("127.0.0.1", 0)) as ear:
+        # A path by itself would be let in, as one that the command needs.
+        command = f"{sys.executable} {script} at={canary} {ear.getsockname()[1]} {{image}} {{mask}}"
+        spec = spec_of(zips, capture=CaptureSpec(resolution_px=64, mask_command=command))
+        source = open_captures(spec)
+        asset = next(one for one in list_assets(spec) if one.uid.endswith("0000000c"))
+        with IngestWorker(spec, fingerprint="f", num_threads=1) as worker, pytest.raises(AssetError) as caught:
+            worker.ingest(asset, source.open_capture(asset))
+        ear.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ear.accept()
+    assert caught.value.kind is FailureKind.NO_MASK
+    assert "status 3" in caught.value.message
+    said = caught.value.log_tail
+    assert "image True" in said
+    assert "read PermissionError" in said
+    assert "write PermissionError" in said
+    assert "connect PermissionError" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["canary.txt", "hook"]
 
 
 def test_more_cpus_a_task_give_the_same_bytes(zips: Path) -> None:
