@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.build import Summary, Work, run
+from jobs.build import Work, run
+from jobs.driver import Summary
 from jobs.produce import Producer, producer_of
 from pipeline import rebuild, version
 from pipeline.listing import Listing

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import build, nodes
-from jobs.build import LATE_AFTER_LOSS_S, LATE_S, _Driver, _OpenShard, _Result, _Task
+from jobs import driver as driving
+from jobs import nodes
+from jobs.driver import LATE_AFTER_LOSS_S, LATE_S, Driver, _OpenShard, _Result, _Task
 from jobs.nodes import MAX_CLOCK_SKEW_S, NodeFacts, agree, count_slots, difference, own_share, require_slots, skew
 from pipeline import plan as plans
 from pipeline.plan import parse_shards
@@ -109,9 +110,9 @@ def test_what_is_no_part_is_refused(text: str) -> None:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> _Driver:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """A driver with two open shards of four objects, without Ray: what it would send is kept in `sent`."""
-    made: Any = object.__new__(_Driver)
+    made: Any = object.__new__(Driver)
     spec = DatasetSpec(name="d", source=ProceduralSource(num_objects=8))
     frozen = plans.draft(
         spec.model_copy(update={"shards": spec.shards.model_copy(update={"objects_per_shard": 4})}), "f",
@@ -168,7 +169,7 @@ def test_what_is_late_is_sent_once_more_and_gives_up_its_place(driver: Any) -> N
     for _ in range(5):
         age(driver, "ball-0", LATE_S + 1)
         driver._find_late()
-    assert driver.sent.count("ball-0") == build.MAX_COPIES
+    assert driver.sent.count("ball-0") == driving.MAX_COPIES
 
 
 def test_after_the_loss_of_a_node_patience_is_short(driver: Any) -> None:
@@ -184,7 +185,7 @@ def test_after_the_loss_of_a_node_patience_is_short(driver: Any) -> None:
 def test_with_a_node_go_its_results_alone_and_small_ones_stay(driver: Any) -> None:
     driver._submit()
     shard = next(iter(driver.open.values()))
-    big = build.INLINE_BYTES
+    big = driving.INLINE_BYTES
     for uid, node, size in (("ball-0", "n", big), ("ball-1", "gone", big), ("ball-2", "gone", 10)):
         shard.results[uid] = _Result(object(), node, size)
         driver.held_bytes += size
