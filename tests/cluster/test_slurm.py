@@ -108,7 +108,7 @@ def test_an_array_shares_out_the_shards_by_index_and_a_requeued_task_goes_on(que
 def test_a_task_that_reaches_its_time_limit_is_queued_again_until_all_is_done(queue: Slurm, tmp_path: Path) -> None:
     trial = Trial(queue, tmp_path, objects=80, made_s=0.6)
     job = trial.submit("--array=0", "--time=1", "--signal=B:TERM@15")
-    assert set(queue.wait(job).values()) == {"COMPLETED"}, trial.said()
+    assert set(queue.wait(job, 420).values()) == {"COMPLETED"}, trial.said()
     assert restarts(queue, job) >= 1, trial.said()
     assert "it is queued again" in trial.said()
     trial.check()
