@@ -87,7 +87,6 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
             _ingest(line, request, json.loads(names), ingest)
     except AssetError as error:
         kind, message = error.kind.value, error.message
-        sys.stderr.write(error.log_tail)  # what a command for masks said; our own words are the log
     except UserError as error:
         kind, message = "user", str(error)
     except MemoryError:

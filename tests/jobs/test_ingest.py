@@ -250,18 +250,17 @@ import socket, sys
 from pathlib import Path
 where, port, image, mask = sys.argv[1:]
 canary = where.removeprefix("at=")
-def attempt(name, act):
+def refused(act):
     try:
         act()
-    except OSError as error:
-        print(name, type(error).__name__, file=sys.stderr)
-    else:
-        print(name, "SUCCEEDED", file=sys.stderr)
-attempt("read", lambda: Path(canary).read_text())
-attempt("write", lambda: Path(canary + ".cuckoo").write_text("x"))
-attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(port))))
-print("image", Path(image).stat().st_size > 1000, file=sys.stderr)
-sys.exit(3)
+    except PermissionError:
+        return True
+    return False
+sound = Path(image).stat().st_size > 1000
+sound &= refused(lambda: Path(canary).read_text())
+sound &= refused(lambda: Path(canary + ".cuckoo").write_text("x"))
+sound &= refused(lambda: socket.create_connection(("127.0.0.1", int(port))))
+sys.exit(3 if sound else 4)
 """
 
 
@@ -282,12 +281,7 @@ def test_a_command_for_masks_runs_behind_the_border_too(zips: Path, tmp_path: Pa
         with pytest.raises(BlockingIOError):
             ear.accept()
     assert caught.value.kind is FailureKind.NO_MASK
-    assert "status 3" in caught.value.message
-    said = caught.value.log_tail
-    assert "image True" in said
-    assert "read PermissionError" in said
-    assert "write PermissionError" in said
-    assert "connect PermissionError" in said
+    assert "status 3" in caught.value.message, "the command saw, wrote or reached what it must not"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["canary.txt", "hook"]
 
 
