@@ -133,13 +133,13 @@ def bring_back_the_dead(patch: pytest.MonkeyPatch) -> None:
 
 def make_again_what_is_held(patch: pytest.MonkeyPatch) -> None:
     """A rebuild does not see the samples that are there."""
-    real = rebuild._State.reasons
+    real = rebuild._State.add
 
-    def reasons(self: Any, kinds: Any) -> Any:
+    def add(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
         self.held[:] = False
-        return real(self, kinds)
 
-    patch.setattr(rebuild._State, "reasons", reasons)
+    patch.setattr(rebuild._State, "add", add)
 
 
 def retry_for_ever(patch: pytest.MonkeyPatch) -> None:
