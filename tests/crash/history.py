@@ -61,9 +61,12 @@ def asset_of(uid: str, sha256: str) -> Asset:
 
 @functools.lru_cache(maxsize=256)
 def ball(uid: str, sha256: str, fingerprint: str, variant: int) -> Sample:
-    """Return the sample of a ball in one of its two variants, which have so many views."""
+    """Return the sample of a ball in one of its two variants, which have so many views.
+
+    It is so large that a shard of two, one dead, is worth a compaction: the end of a tar may take 10 KiB of zeros.
+    """
     made = make_sample(
-        f"{uid} {sha256} {fingerprint}", asset=asset_of(uid, sha256), fingerprint=fingerprint, num_views=2, size_px=16
+        f"{uid} {sha256} {fingerprint}", asset=asset_of(uid, sha256), fingerprint=fingerprint, num_views=2, size_px=48
     )
     return replace(made, views=made.views[:variant])
 
