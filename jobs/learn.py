@@ -30,7 +30,7 @@ from pipeline.reader import VersionReader
 from pipeline.spec import load_spec
 
 SPEC = Path(__file__).parent / "specs" / "learn.toml"
-SETTINGS = ("data.max_views=16", "train.steps=7000", "train.checkpoint_every_steps=250", "train.log_every_steps=25")
+SETTINGS = ("data.max_views=16", "train.steps=3500", "train.checkpoint_every_steps=250", "train.log_every_steps=25")
 """What this run changes of `tiny`: four views of each object stay unseen, and it goes on for longer."""
 
 RUN_SECTIONS = ("model", "data", "train")
