@@ -50,6 +50,9 @@ START_DEADLINE_S = 120.0
 MAX_FRAME_BYTES = 64 * 2**20
 MAX_PICTURE_PX = 512
 _PLANE_SLACK_BYTES = 2**16
+# Every frame takes the same buffers again. By default glibc gives them back to the system in between, and the next frame
+# pays 3000 page faults for them, a tenth of its time. 32 MiB is the most that glibc takes as a threshold.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20)}
 _MAGIC = {"webp": b"RIFF", "png": b"\x89PNG", "jpg": b"\xff\xd8"}
 _PLANES = ("rgba",)
 
@@ -188,7 +191,7 @@ class IngestWorker(Supervisor):
                 num_threads=1,  # of BLAS, whose sums depend on their number; frames have threads of their own
                 read=[] if command is None else [Path(weights)],
                 run=[] if command is None else program_folders(command),
-                variables={"U2NET_HOME": weights},
+                variables=_KEEP_MEMORY | {"U2NET_HOME": weights},
             )
             if header["type"] != "ready":
                 self._fail(self.crash_kind, f"the child said {header['type']!r} before it was ready")
