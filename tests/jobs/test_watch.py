@@ -71,7 +71,7 @@ def test_a_run_that_mostly_fails_stops_with_a_reason_and_goes_on_when_asked(tmp_
     store = open_store(corpus)
     found = corpus_status(store)
     (plan,) = found["plans"]
-    assert plan["samples"] >= 8, "what was good stays"
+    assert plan["samples"] >= 4, "what was good stays; a shard that was being assembled may not"
     assert plan["open"] >= 16, "it stopped early"
     (run,) = found["runs"]
     assert run["state"] == "stopped"
