@@ -50,7 +50,7 @@ START_DEADLINE_S = 120.0
 MAX_FRAME_BYTES = 64 * 2**20
 MAX_PICTURE_PX = 512
 _PLANE_SLACK_BYTES = 2**16
-# Every frame takes the same buffers again. By default glibc gives them back to the system in between, and the next frame
+# Every frame takes the same buffers again. By default glibc gives them back to the system in between, and the next one
 # pays 3000 page faults for them, a tenth of its time. 32 MiB is the most that glibc takes as a threshold.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20)}
 _MAGIC = {"webp": b"RIFF", "png": b"\x89PNG", "jpg": b"\xff\xd8"}
