@@ -259,8 +259,7 @@ def rules_note(plans: Sequence[PlanSet]) -> str | None:
     """
     if not plans:
         return None
-    rules = {p.id: {part: json.loads(p.spec_json).get(part, {}) for part in ("admission", "split")} for p in plans}
-    last = plans[-1]
+    rules, last = {p.id: _rules_of(p) for p in plans}, plans[-1]
     differ = {
         f"{part}.{key}": p.name
         for p in plans
@@ -275,6 +274,15 @@ def rules_note(plans: Sequence[PlanSet]) -> str | None:
         f"no SPEC= was named: all objects are judged by the rules of plan {last.id}, the last by name; those of "
         f"{', '.join(others)} have another {', '.join(sorted(differ))}. Give the specs equal rules, or name one"
     )
+
+
+def _rules_of(plan: PlanSet) -> dict[str, dict[str, Any]]:
+    """Return the rules that a plan holds as they stand there: another release's may lack what ours has."""
+    try:
+        spec = json.loads(plan.spec_json)
+        return {part: dict(spec.get(part, {})) for part in ("admission", "split")}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"plan {plan.id}: the spec in it cannot be read: {error}; restore plans/") from None
 
 
 def tombstone(store: Store, uids: Sequence[str]) -> tuple[Version, bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jobs.status import corpus_status
@@ -252,6 +252,7 @@ def test_a_damaged_manifest_is_not_published_again(store: Store, tmp_path: Path)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(part=st.sampled_from(["plans", "receipts", "manifests", "versions"]), at=st.floats(0, 1), cut=st.booleans())
+@example(part="plans", at=0.7024654899668782, cut=False)  # within the spec that a plan holds
 def test_any_damage_to_a_record_is_one_typed_error_or_does_no_harm(
     damaged_corpus: Path, part: str, at: float, cut: bool
 ) -> None:
