@@ -78,6 +78,8 @@ def test_nodes_die_are_cut_off_come_back_and_join_and_the_driver_is_killed(clust
     joined = cluster.start_ray(extra)
     third = cluster.wait_for_receipts(url, second + 3, driver, "job.log")
     wait_all([joined])
+    noticed = lambda: "marked dead" in cluster.head_log("gcs_server.out", hosts["w2"].address)  # noqa: E731
+    wait_for(noticed, 60, "the head to give up the node that was cut off")  # sooner back, it would simply go on
     hosts["w2"].mend()
     wait_for(lambda: not hosts["w2"].processes(RAYLET), 60, "the raylet of the node that was cut off ends")
     back = cluster.start_ray(hosts["w2"])  # what a supervisor of the node does: KubeRay, srun, systemd
