@@ -97,7 +97,7 @@ def job(producer: str, objects: int, workers: int) -> dict[str, float]:
     cpus = (os.cpu_count() or 1) / workers
     spec = DatasetSpec(
         name="bench", source=ProceduralSource(num_objects=objects), shards=ShardSpec(objects_per_shard=64),
-        workers=WorkerSpec(num_cpus=cpus, memory_bytes=2**28),
+        workers=WorkerSpec(num_cpus=cpus, memory_bytes=2**28, max_failure_share=1),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lrm-bench-") as folder:
         done = build(spec, f"{folder}/corpus", produce=module.PRODUCERS[producer], show_progress=False)
