@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 
 import ray
 
+from jobs.nodes import check_reachable
 from lrm.config import RunConfig
 from lrm.train import STOP_NAME, TrainingError, TrainResult
 from pipeline.shard import DamagedDataError
@@ -170,12 +170,10 @@ def joined(address: str) -> Iterator[None]:
     Raises:
         UserError: if it cannot be reached.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     handler = signal.getsignal(signal.SIGTERM)  # ray.init puts one of its own in its place
     try:
-        if address != "auto":  # Ray itself would go on asking for minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
     except Exception as error:  # noqa: BLE001 - Ray raises bare Exceptions
         text = str(error).strip().split("\n", 1)[0]

@@ -21,14 +21,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lrm.config import RunConfig
-from lrm.losses import psnr_db
 from lrm.model import LRM
 from lrm.pixels import Float32, decode_view, resize_image
-from lrm.preview import predict_views
+from lrm.preview import predict_views, psnr, to_pixels, write_png
 from pipeline.reader import VersionReader
 from pipeline.types import UserError
 
@@ -152,11 +150,6 @@ def measure(
     ), lines  # fmt: skip
 
 
-def psnr(a: Float32, b: Float32) -> float:
-    """Return the PSNR in dB of two pictures in [0, 1]."""
-    return psnr_db(float(np.mean((a.astype(np.float64) - b) ** 2)))
-
-
 def write_lines(lines: Sequence[Line], path: Path, *, across: int = 2, scale: int = 2) -> None:
     """Write lines as a PNG, `across` of them side by side, each tile `scale` times as large, under a header."""
     lines = lines[: len(lines) // across * across] or lines
@@ -174,12 +167,4 @@ def write_lines(lines: Sequence[Line], path: Path, *, across: int = 2, scale: in
             if number < across:
                 place = (left + 2, HEADER_PX - 4)
                 cv2.putText(sheet, COLUMNS[column], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    write_png(sheet, path)
-
-
-def write_png(picture: Float32, path: Path) -> None:
-    """Write a picture [H, W, 3] in [0, 1]."""
-    pixels: NDArray[np.uint8] = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: OpenCV could not write the picture")
+    write_png(path, to_pixels(sheet))

@@ -110,7 +110,8 @@ def _mean_view(reader: VersionReader, rows: list[int], image_px: int) -> Float32
     return (total / count).astype(np.float32)
 
 
-def _psnr(a: Float32, b: Float32) -> float:
+def psnr(a: Float32, b: Float32) -> float:
+    """Return the PSNR in dB of two pictures in [0, 1]."""
     return psnr_db(float(np.mean((a.astype(np.float64) - b) ** 2)))
 
 
@@ -127,12 +128,14 @@ def _sheet(lines: list[list[Float32]]) -> Float32:
     return sheet
 
 
-def _pixels(image: Float32) -> Uint8:
+def to_pixels(image: Float32) -> Uint8:
+    """Return a picture in [0, 1] as bytes."""
     out: Uint8 = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return out
 
 
-def _write_png(path: Path, pixels: Uint8) -> None:
+def write_png(path: Path, pixels: Uint8) -> None:
+    """Write an RGB picture [H, W, 3], its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)):
         raise OSError(f"{path}: OpenCV could not write the picture")
@@ -187,14 +190,14 @@ class HeldOut:
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=not precise):
                 given, truths, predicted = predict_views(model, self._config, self._reader, row, views, self._image_px)
             if turn < len(own):
-                scores += [_psnr(a, b) for a, b in zip(truths, predicted)]
+                scores += [psnr(a, b) for a, b in zip(truths, predicted)]
             lines.append([given, *(tile for pair in zip(truths, predicted) for tile in pair)])
         total = ranks.mean(torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=ranks.device))
-        return float(total[0] / total[1]), _pixels(_sheet(lines))
+        return float(total[0] / total[1]), to_pixels(_sheet(lines))
 
     def write(self, path: Path, sheet: Uint8) -> Path:
         """Write a sheet as PNG: a line an object, the input view, then pairs of (true, predicted)."""
-        _write_png(path, sheet)
+        write_png(path, sheet)
         return path
 
 
@@ -225,8 +228,8 @@ def write_predictions(
         views = _novel_views(reader, row, num_novel_views)
         given, truths, predicted = predict_views(model, config, reader, row, views, image_px)
         lines.append([given, *(tile for pair in zip(truths, predicted) for tile in pair)])
-        scores += [_psnr(a, b) for a, b in zip(truths, predicted)]
-        baseline_scores += [_psnr(truth, baseline) for truth in truths]
-    _write_png(Path(png_path), _pixels(_sheet(lines)))
+        scores += [psnr(a, b) for a, b in zip(truths, predicted)]
+        baseline_scores += [psnr(truth, baseline) for truth in truths]
+    write_png(Path(png_path), to_pixels(_sheet(lines)))
     means = {"psnr_db": float(np.mean(scores)), "baseline_psnr_db": float(np.mean(baseline_scores))}
     return {"step": int(state["step"]), "split": split, "objects": len(rows), **means}

@@ -237,11 +237,10 @@ def stretch(entry: MemberIndex) -> tuple[int, int]:
     return entry.offset - BLOCK, entry.offsets[-1] + -(-entry.lengths[-1] // BLOCK) * BLOCK
 
 
-def verify_shard(path: Path, index: dict[str, MemberIndex], *, parse: bool = True, decode: bool = False) -> None:
+def verify_shard(path: Path, index: dict[str, MemberIndex], *, decode: bool = False) -> None:
     """Read a tar again and check every byte of it against its index: names, order, metadata, lengths, digests.
 
     Args:
-        parse: also read every sample's JSON; whoever has just written it need not.
         decode: also decode every rgba plane.
 
     Raises:
@@ -260,7 +259,7 @@ def verify_shard(path: Path, index: dict[str, MemberIndex], *, parse: bool = Tru
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             data = memoryview(_read(file, stretch(entry)[1] - start))
-        _check_stretch(data, path.name, key, entry, parse, decode)
+        _check_stretch(data, path.name, key, entry, decode)
 
     try:
         with ThreadPoolExecutor(_CHECKERS) as pool:
@@ -292,7 +291,7 @@ def _check_end(tail: bytes, shard: str, count: int) -> None:
     raise DamagedDataError(f"{shard}: member {name!r} is not in the index")
 
 
-def _check_stretch(data: memoryview, shard: str, key: str, entry: MemberIndex, parse: bool, decode: bool) -> None:
+def _check_stretch(data: memoryview, shard: str, key: str, entry: MemberIndex, decode: bool) -> None:
     """Check the bytes of one sample."""
     start = 0
     for i, (length, crc32) in enumerate(zip(entry.lengths, entry.crc32s)):
@@ -306,7 +305,7 @@ def _check_stretch(data: memoryview, shard: str, key: str, entry: MemberIndex, p
             raise _wrong_header(bytes(header), shard, key, i, name, entry)
         if len(part) != length or zlib.crc32(part) != crc32 or bytes(padding) != bytes(-length % BLOCK):
             raise DamagedDataError(f"{shard}: sample {key}: {name} differs from its index in place, length or crc32")
-        if i == 0 and parse:
+        if i == 0:
             _check_json(part, shard, key, name, entry)
         if i > 0 and decode and entry.planes[(i - 1) % len(entry.planes)] == "rgba":
             _check_picture(part, shard, key, name)

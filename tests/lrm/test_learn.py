@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrm.data import Loader
-from lrm.learn import Line, Protocol, mean_view, measure, psnr, rows_of, seen_and_unseen, spread, write_lines
+from lrm.learn import Line, Protocol, mean_view, measure, rows_of, seen_and_unseen, spread, write_lines
 from lrm.order import KeyedDraws
 from lrm.pixels import decode_view, resize_image
-from lrm.preview import predict_views
+from lrm.preview import predict_views, psnr
 from lrm.train import build_model
 from pipeline.reader import VersionReader
 from pipeline.types import UserError

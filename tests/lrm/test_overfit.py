@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from lrm.checkpoint import load_model
 from lrm.config import load_config
-from lrm.learn import psnr
-from lrm.preview import predict_views
+from lrm.preview import predict_views, psnr
 from lrm.train import train
 from pipeline import plan, receipt, version
 from pipeline.reader import VersionReader
