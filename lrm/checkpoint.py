@@ -173,6 +173,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class _Stager(DefaultStager):
+    """Keeps the memory of copies for the next save: before torch 2.13 `async_save` closes the stager it is given."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def release(self) -> None:
+        """Give the memory of copies back."""
+        super().close()
+
+
 class Saver:
     """Saves checkpoints of a run in the background, one at a time. Every rank has one, and all save at the same steps.
 
@@ -184,7 +195,7 @@ class Saver:
         # Its own group: the thread's messages must not meet those of the steps that go on meanwhile.
         self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
         on_gpu = ranks.device.type == "cuda"
-        self._stager = DefaultStager(
+        self._stager = _Stager(
             StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
             )
@@ -233,7 +244,7 @@ class Saver:
         try:
             self.wait()
         finally:
-            self._stager.close()
+            self._stager.release()
 
     def __enter__(self) -> Saver:
         return self

@@ -1,6 +1,7 @@
 """`make bench-train`: the renderers against each other, a training step, and an image's way to a mesh.
 
-    python -m tests.bench.train [--preset NAME] [--batches 1,2,4,8,16] [--repeats 5] [--skip step,infer]
+    python -m tests.bench.train [--preset NAME] [--batches 1,2,4,8,16] [--renderers fused,reference] [--repeats 5]
+                                [--compile inductor] [--skip step,infer]
 
 On a GPU: the paper preset under bf16, its renderers forward and backward at 4 views of 128^2 rays of 128 samples:
 `fused`, `reference`, the reference compiled, `per_view` (checkpointed a view at a time, as public trainers do), and
@@ -36,6 +37,8 @@ from lrm.flops import count_flops, peak_flops
 from lrm.losses import Lpips, lpips_shapes, mse_loss
 from lrm.model import LRM
 from lrm.optim import build_optimizer
+from lrm.parallel import shard
+from lrm.ranks import Ranks
 from lrm.volume import deferred, fused, reference
 from lrm.volume.reference import RadianceField
 
@@ -53,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="paper" if ON_GPU else "tiny", help="of the step and of inference")
     parser.add_argument("--batches", default="1,2,4,8,16" if ON_GPU else "1", help="objects a rendering")
+    parser.add_argument("--renderers", default=",".join(GPU_RENDERERS if ON_GPU else CPU_RENDERERS))
     parser.add_argument("--step-batch", type=int, default=8)
+    parser.add_argument("--compile", help="train.compile of the step, where not the preset's; none compiles nothing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip", default="", help="of: render, step, infer")
     parser.add_argument("--case", help="measure one case in this process (for the benchmark itself)")
@@ -66,10 +71,10 @@ def main() -> None:
     why: dict[str, str] = {}
     if "render" not in skipped:
         batches = [int(part) for part in args.batches.split(",")]
-        result |= measure_renderers(batches, args.repeats, why)
+        result |= measure_renderers(batches, args.renderers.split(","), args.repeats, why)
     common = {"preset": args.preset, "repeats": args.repeats}
     if "step" not in skipped:
-        result |= measure_step(common | {"kind": "step", "batch": args.step_batch}, why)
+        result |= measure_step(common | {"kind": "step", "batch": args.step_batch, "compile": args.compile}, why)
     if "infer" not in skipped:
         stages = _run_case(common | {"kind": "infer"})
         result |= {"infer_stages": stages, "infer_s": None}
@@ -84,12 +89,12 @@ def main() -> None:
     print(json.dumps(result | {"why_null": why}, sort_keys=True))
 
 
-def measure_renderers(batches: list[int], repeats: int, why: dict[str, str]) -> dict[str, Any]:
+def measure_renderers(batches: list[int], renderers: list[str], repeats: int, why: dict[str, str]) -> dict[str, Any]:
     """Return every renderer's seconds and bytes at every batch, and the fused one's gain."""
     size = {"views": 4, "patch_px": 128, "num_samples": 128} if ON_GPU else CPU_SIZE
     rows = []
     for batch in batches:
-        for renderer in GPU_RENDERERS if ON_GPU else CPU_RENDERERS:
+        for renderer in renderers:
             case = {"kind": "render", "renderer": renderer, "batch": batch, "repeats": repeats, **size}
             rows.append({"renderer": renderer, "batch": batch} | _run_case(case))
             print(json.dumps(rows[-1]), file=sys.stderr)
@@ -208,8 +213,12 @@ def _renderer(name: str) -> Callable[..., Tensor]:
 
 def _measure_step(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a whole step on made-up data: forward, MSE and LPIPS, backward, clip, AdamW."""
-    config = load_config(case["preset"], ["model.encoder.weights=''"])
+    overrides = ["model.encoder.weights=''"]
+    if case["compile"]:
+        overrides.append("train.compile=" + {"none": "''"}.get(case["compile"], case["compile"]))
+    config = load_config(case["preset"], overrides)
     model = LRM(config.model).to(DEVICE)
+    shard(model, config.train, Ranks(rank=0, size=1, device=DEVICE))
     optimizer = build_optimizer(model, config.train)
     lpips = None
     if config.train.lpips_weight:

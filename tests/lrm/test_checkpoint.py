@@ -61,6 +61,26 @@ def test_the_newest_few_are_kept_and_read_back(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
 
 
+def test_a_torch_that_closes_its_stager_after_every_save_can_save_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch before 2.13 does to a stager that it is given."""
+    real = checkpoint.async_save
+
+    def older(*args: Any, **kwargs: Any) -> Any:
+        future = real(*args, **kwargs)
+        kwargs["async_stager"].close()
+        return future
+
+    monkeypatch.setattr(checkpoint, "async_save", older)
+    save(tmp_path, 1, 2)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
+    load_tensors(found, into)
+    assert all(torch.equal(into[name], tensor) for name, tensor in tensors(2).items())
+
+
 def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     """Training goes on while a thread writes."""
     state = {"model.w": torch.zeros(2_000_000)}
