@@ -30,10 +30,11 @@ backward pass of the paper preset (211 KB as compiled for sm_80), which `refusal
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,23 @@ from lrm.volume.reference import RadianceField, Rendered, split_seed
 
 Precision = Literal["bf16", "fp32"]
 WIDTHS = (16, 32, 64)
-TILE_ROWS, TILE_COLUMNS = 4, 4
-"""A tile's rays are 4 x 4 neighbouring pixels, so that its samples lie within few texels of each plane."""
-STEPS = 4
 WINDOW_SIDE = 4
-FORWARD_WARPS, BACKWARD_WARPS, NUM_STAGES = 4, 8, 2
+NUM_STAGES = 2
+
+
+class Tiling(NamedTuple):
+    """A tile's rays are rows x columns neighbouring pixels, so that its samples lie within few texels of each plane."""
+
+    rows: int
+    columns: int
+    steps: int
+    warps: int
+
+
+FORWARD = Tiling(rows=4, columns=4, steps=4, warps=4)
+BACKWARD = Tiling(rows=4, columns=4, steps=8, warps=8)
+LAYERS_A_PASS = 8
+"""Hidden layers whose weights get their gradients in one pass of the backward kernel; their sums fill its registers."""
 
 
 def refusal(field: torch.nn.Module, device: torch.device) -> str | None:
@@ -124,7 +137,8 @@ def render_rays(
         reason = "it gives rays no gradient"
     if reason is not None:
         raise ValueError(f"the fused renderer cannot be used: {reason}; use lrm.volume.reference")
-    order = _tile_order(origins.shape[1], image_px or (1, origins.shape[1]), planes.device)
+    image_px = image_px or (1, origins.shape[1])
+    orders = [_tile_order(origins.shape[1], image_px, tiling, planes.device) for tiling in (FORWARD, BACKWARD)]
     with torch.autocast(planes.device.type, enabled=False):
         first, *hidden, last = _linears(field)
         folded = fold_first_layer(planes.float(), first.weight.float(), first.bias.float())
@@ -133,7 +147,7 @@ def render_rays(
         biases = torch.stack([layer.bias for layer in hidden]) if hidden else planes.new_zeros(0, width)
         out_weight, out_bias = F.pad(last.weight, (0, 0, 0, 12)), F.pad(last.bias, (0, 12))
         settings = (num_samples, field.density_bias, jitter, precision)
-        rays = (origins.float().contiguous(), directions.float().contiguous(), order)
+        rays = (origins.float().contiguous(), directions.float().contiguous(), *orders)
         tensors = (tensor.float().contiguous() for tensor in (folded, weights, biases, out_weight, out_bias))
         sums = _Fused.apply(settings, rays, *tensors)  # type: ignore[no-untyped-call]
         alpha = sums[..., 3]
@@ -154,12 +168,12 @@ def fold_first_layer(planes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _tile_order(num_rays: int, image_px: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the rays of each tile, [tiles * 16] int32, tile after tile; -1 fills up the tiles at edges."""
+def _tile_order(num_rays: int, image_px: tuple[int, int], tiling: Tiling, device: torch.device) -> Tensor:
+    """Return the rays of each tile, [tiles * rows * columns] int32, tile after tile; -1 fills the tiles at edges."""
     rows, columns = image_px
     if num_rays % (rows * columns):
         raise ValueError(f"{num_rays} rays are not a number of pictures of {rows} x {columns}")
-    high, wide = (TILE_ROWS, TILE_COLUMNS) if rows >= TILE_ROWS else (1, TILE_ROWS * TILE_COLUMNS)
+    high, wide = (tiling.rows, tiling.columns) if rows >= tiling.rows else (1, tiling.rows * tiling.columns)
     rays = torch.arange(num_rays, dtype=torch.int32).reshape(-1, rows, columns)
     padded = F.pad(rays, (0, -columns % wide, 0, -rows % high), value=-1)
     pictures, down, across = len(padded), padded.shape[1] // high, padded.shape[2] // wide
@@ -176,17 +190,16 @@ class _Fused(torch.autograd.Function):
         from lrm.volume import kernels
 
         planes, weights, biases, out_weight, out_bias = _operands(tensors, settings[3])
-        origins, directions, order = rays
+        origins, directions, order, _ = rays
         batch, num_rays = origins.shape[:2]
-        tiles = order.numel() // (TILE_ROWS * TILE_COLUMNS)
+        tiles = order.numel() // (FORWARD.rows * FORWARD.columns)
         sums = planes.new_zeros(batch, num_rays, kernels.NUM_SUMS, dtype=torch.float32)
         ctx.settings, ctx.rays = settings, rays
         ctx.save_for_backward(*tensors, sums)
         if batch * tiles:
             kernels.forward_kernel[(batch * tiles,)](
                 planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
-                tiles, num_rays, *_arguments(planes, settings), **_constants(planes, weights, settings),
-                num_warps=FORWARD_WARPS, num_stages=NUM_STAGES,
+                tiles, num_rays, *_arguments(planes, settings), **_constants(planes, weights, settings, FORWARD),
             )  # fmt: skip
         return sums
 
@@ -198,22 +211,36 @@ class _Fused(torch.autograd.Function):
 
         *tensors, sums = ctx.saved_tensors
         planes, weights, biases, out_weight, out_bias = _operands(tensors, ctx.settings[3])
-        origins, directions, order = ctx.rays
+        origins, directions, _, order = ctx.rays
         batch, num_rays = origins.shape[:2]
-        tiles = order.numel() // (TILE_ROWS * TILE_COLUMNS)
+        tiles = order.numel() // (BACKWARD.rows * BACKWARD.columns)
         grads = [torch.zeros_like(tensor) for tensor in tensors]
         num_tiles = batch * tiles
         num_programs = min(num_tiles, _num_programs(planes.device))
-        grads[2] = biases.new_zeros(num_programs, *biases.shape)
-        if num_tiles:
+        for high in range(weights.shape[0], -1, -LAYERS_A_PASS) if num_tiles else ():
+            low = max(0, high - LAYERS_A_PASS)
             kernels.backward_kernel[(num_programs,)](
                 planes, weights, biases, out_weight, out_bias, origins, directions, order, sums,
                 grad_sums.float().contiguous(), *grads,
-                tiles, num_tiles, num_rays, *_arguments(planes, ctx.settings),
-                **_constants(planes, weights, ctx.settings), num_warps=BACKWARD_WARPS, num_stages=NUM_STAGES,
+                tiles, num_tiles, _stride(num_tiles), num_rays, *_arguments(planes, ctx.settings),
+                **_constants(planes, weights, ctx.settings, BACKWARD), LOW=low, HIGH=high,
             )  # fmt: skip
-        grads[2] = grads[2].sum(0)
+            if low == 0:
+                break
         return None, None, *grads
+
+
+SPREAD = True
+
+
+def _stride(num_tiles: int) -> int:
+    """Return a number without common divisor with num_tiles, about 0.382 of it: neighbours in time are far in space."""
+    if not SPREAD:
+        return 1
+    stride = max(1, round(num_tiles * 0.381966))
+    while math.gcd(stride, num_tiles) != 1:
+        stride += 1
+    return stride
 
 
 def _interpreted() -> bool:
@@ -236,11 +263,12 @@ def _arguments(planes: Tensor, settings: Any) -> tuple[int | float, ...]:
     return num_samples, planes.shape[2], density_bias, low, high, 0
 
 
-def _constants(planes: Tensor, weights: Tensor, settings: Any) -> dict[str, Any]:
+def _constants(planes: Tensor, weights: Tensor, settings: Any, tiling: Tiling) -> dict[str, Any]:
     precision = "bf16-emulated" if settings[3] == "bf16" and _interpreted() else settings[3]
     return {
-        "NUM_HIDDEN": weights.shape[0], "WIDTH": planes.shape[-1], "RAYS": TILE_ROWS * TILE_COLUMNS, "STEPS": STEPS,
-        "SIDE": WINDOW_SIDE, "JITTER": settings[2] is not None, "PRECISION": precision,
+        "NUM_HIDDEN": weights.shape[0], "WIDTH": planes.shape[-1], "RAYS": tiling.rows * tiling.columns,
+        "STEPS": tiling.steps, "SIDE": WINDOW_SIDE, "JITTER": settings[2] is not None, "PRECISION": precision,
+        "num_warps": tiling.warps, "num_stages": NUM_STAGES,
     }  # fmt: skip
 
 

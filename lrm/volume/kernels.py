@@ -100,29 +100,45 @@ def _bounds(origin, direction, near, far, hit, resolution):
 
 
 @triton.jit
-def _tent(u, v, x, y):
-    """Return the bilinear weights [M, K] of texels (x, y) [K] at places (u, v) [M]."""
-    along_u = tl.maximum(1 - tl.abs(u[:, None] - x[None, :].to(tl.float32)), 0.0)
-    along_v = tl.maximum(1 - tl.abs(v[:, None] - y[None, :].to(tl.float32)), 0.0)
-    return along_u * along_v
+def _tent(place, first, axis: tl.constexpr, SIDE: tl.constexpr):
+    """Return the linear weights of texels first to first + SIDE - 1 at places [M]: [M, 1, SIDE], or [M, SIDE, 1]."""
+    texel = (first + tl.arange(0, SIDE)).to(tl.float32)
+    return tl.maximum(1 - tl.abs(place[:, None, None] - tl.expand_dims(texel, [0, 3 - axis])), 0.0)
 
 
 @triton.jit
-def _sample_plane(
+def _window_weights(u, v, x0, y0, SIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the bilinear weights [M, SIDE^2] of the window of texels from (x0, y0) on, row by row, at (u, v) [M]."""
+    weights = _tent(v, y0, 1, SIDE) * _tent(u, x0, 2, SIDE)
+    return _stored(tl.reshape(weights, [u.shape[0], SIDE * SIDE]), PRECISION)
+
+
+@triton.jit
+def _window(first_x, last_x, first_y, last_y, resolution, index, WIDTH: tl.constexpr, SIDE: tl.constexpr):
+    """Return the first texel (x0, y0) of a box's window, its offsets [SIDE^2, WIDTH] in a plane, and which are inside."""
+    across = (last_x - first_x) // SIDE + 1
+    x0, y0 = first_x + index % across * SIDE, first_y + index // across * SIDE
+    cell, channel = tl.arange(0, SIDE * SIDE), tl.arange(0, WIDTH)
+    x, y = x0 + cell % SIDE, y0 + cell // SIDE
+    inside = (x <= last_x) & (y <= last_y)
+    return x0, y0, (y * resolution + x)[:, None] * WIDTH + channel[None, :], inside[:, None]
+
+
+@triton.jit
+def _num_windows(first_x, last_x, first_y, last_y, SIDE: tl.constexpr):
+    return ((last_x - first_x) // SIDE + 1) * ((last_y - first_y) // SIDE + 1)
+
+
+@triton.jit
+def _sample_more(
     hidden, plane, u, v, first_x, last_x, first_y, last_y, resolution,
     WIDTH: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return hidden [M, WIDTH] plus the bilinear samples of a plane [R, R, WIDTH] at (u, v) [M]."""
-    cell = tl.arange(0, SIDE * SIDE)
-    channel = tl.arange(0, WIDTH)
-    for y0 in range(first_y, last_y + 1, SIDE):
-        for x0 in range(first_x, last_x + 1, SIDE):
-            x, y = x0 + cell % SIDE, y0 + cell // SIDE
-            inside = (x <= last_x) & (y <= last_y)
-            texels = tl.load(
-                plane + (y * resolution + x)[:, None] * WIDTH + channel[None, :], mask=inside[:, None], other=0.0
-            )
-            hidden = tl.dot(_stored(_tent(u, v, x, y), PRECISION), texels, hidden, input_precision="ieee")
+    """Return hidden [M, WIDTH] plus what the windows after the first hold of a plane [R, R, WIDTH] at (u, v) [M]."""
+    for index in range(1, _num_windows(first_x, last_x, first_y, last_y, SIDE)):
+        x0, y0, offsets, inside = _window(first_x, last_x, first_y, last_y, resolution, index, WIDTH, SIDE)
+        texels = tl.load(plane + offsets, mask=inside, other=0.0)
+        hidden = tl.dot(_window_weights(u, v, x0, y0, SIDE, PRECISION), texels, hidden, input_precision="ieee")
     return hidden
 
 
@@ -132,18 +148,11 @@ def _scatter_plane(
     WIDTH: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to grad_plane [R, R, WIDTH] the gradient of its samples, [M, WIDTH], summed over the tile first."""
-    cell = tl.arange(0, SIDE * SIDE)
-    channel = tl.arange(0, WIDTH)
-    for y0 in range(first_y, last_y + 1, SIDE):
-        for x0 in range(first_x, last_x + 1, SIDE):
-            x, y = x0 + cell % SIDE, y0 + cell // SIDE
-            tent = _stored(_tent(u, v, x, y), PRECISION)
-            summed = tl.dot(tl.trans(tent), gradient, input_precision="ieee")
-            inside = (x <= last_x) & (y <= last_y) & (tl.sum((tent > 0).to(tl.int32), 0) > 0)
-            tl.atomic_add(
-                grad_plane + (y * resolution + x)[:, None] * WIDTH + channel[None, :], summed,
-                mask=inside[:, None], sem="relaxed",
-            )  # fmt: skip
+    for index in range(0, _num_windows(first_x, last_x, first_y, last_y, SIDE)):
+        x0, y0, offsets, inside = _window(first_x, last_x, first_y, last_y, resolution, index, WIDTH, SIDE)
+        weights = _window_weights(u, v, x0, y0, SIDE, PRECISION)
+        summed = tl.dot(tl.trans(weights), gradient, input_precision="ieee")
+        tl.atomic_add(grad_plane + offsets, summed, mask=inside & (summed != 0), sem="relaxed")
 
 
 @triton.jit
@@ -167,24 +176,50 @@ def _column(matrix, column, index: tl.constexpr):
 
 
 @triton.jit
-def _packed_signs(x, WIDTH: tl.constexpr):
-    """Return which elements of x [M, WIDTH] are positive, 8 to an integer, as `_unpacked_signs` reads them.
+def _activate(z, signs, PRECISION: tl.constexpr):
+    """Return relu(z) as products take it, and signs, int8 like z, moved up by a bit that tells whether z is positive.
 
-    A thread of the tensor cores' layout holds columns 8k, 8k + 1 of several k: it packs its own, without exchange. Kept
-    as numbers, the signs of 9 activations would fill half of the registers.
+    In bfloat16 this is 1.75 instructions an element, by pairs: h + 0x7FFF has its highest bit set if the bfloat16 h >= 0
+    is not 0, and `prmt` spreads that bit over a byte.
     """
-    K: tl.constexpr = min(4, WIDTH // 8)
-    split: tl.constexpr = [x.shape[0], WIDTH // (8 * K), K, 4, 2]
-    place = tl.arange(0, K)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
-    bits = tl.where(tl.reshape(x, split) > 0, 1 << place[None, None], 0)
-    return tl.sum(tl.sum(bits, 4), 2)
+    if PRECISION == "bf16":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b;
+            cvt.rn.relu.bf16x2.f32 $0, $4, $3;
+            cvt.rn.relu.bf16x2.f32 $1, $6, $5;
+            add.u32 a, $0, 0x7FFF7FFF;
+            add.u32 b, $1, 0x7FFF7FFF;
+            prmt.b32 a, a, b, 0xFDB9;
+            shl.b32 b, $7, 1;
+            lop3.b32 $2, b, 0xFEFEFEFE, a, 0xE2;
+            }""",
+            "=&r,=&r,=&r,r,r,r,r,r", [z, signs], (tl.bfloat16, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return _stored(tl.maximum(z, 0.0), PRECISION), (signs << 1) | (z > 0).to(tl.int8)
 
 
 @triton.jit
-def _unpacked_signs(bits, WIDTH: tl.constexpr):
-    K: tl.constexpr = min(4, WIDTH // 8)
-    place = tl.arange(0, K)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
-    return tl.reshape((bits[:, :, None, :, None] >> place[None, None]) & 1, [bits.shape[0], WIDTH]) != 0
+def _deactivate(gradient, signs, PRECISION: tl.constexpr):
+    """Return the gradient before a ReLU, of that behind it, as products take it, and signs without their lowest bit."""
+    if PRECISION == "bf16":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b;
+            shl.b32 a, $7, 7;
+            prmt.b32 b, a, 0, 0x9988;
+            prmt.b32 a, a, 0, 0xBBAA;
+            cvt.rn.bf16x2.f32 $0, $4, $3;
+            cvt.rn.bf16x2.f32 $1, $6, $5;
+            and.b32 $0, $0, b;
+            and.b32 $1, $1, a;
+            shr.u32 $2, $7, 1;
+            }""",
+            "=&r,=&r,=&r,r,r,r,r,r", [gradient, signs], (tl.bfloat16, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return _stored(tl.where((signs & 1) != 0, gradient, 0.0), PRECISION), signs >> 1
 
 
 @triton.jit
@@ -199,14 +234,19 @@ def _matrices(weights, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _layers(hidden, matrices, biases, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the activations [M, WIDTH] after the folded layer and after each hidden one, and their packed signs."""
-    kept = (_stored(tl.maximum(hidden, 0.0), PRECISION),)
-    signs = (_packed_signs(hidden, WIDTH),)
-    for layer in tl.static_range(len(matrices)):
-        bias = tl.load(biases + layer * WIDTH + tl.arange(0, WIDTH))
-        z = tl.dot(kept[layer], tl.trans(matrices[layer]), input_precision="ieee") + bias[None, :]
-        kept = kept + (_stored(tl.maximum(z, 0.0), PRECISION),)
-        signs = signs + (_packed_signs(z, WIDTH),)
+    """Return the activations [M, WIDTH] after the folded layer and after each hidden one, and their signs by eights."""
+    kept, signs = (), ()
+    z = hidden
+    for layer in tl.static_range(len(matrices) + 1):
+        if layer > 0:
+            bias = tl.load(biases + (layer - 1) * WIDTH + tl.arange(0, WIDTH))
+            z = tl.dot(kept[layer - 1], tl.trans(matrices[layer - 1]), input_precision="ieee") + bias[None, :]
+        if layer % 8 == 0:
+            done = signs
+            eight = tl.zeros(z.shape, tl.int8)
+        activation, eight = _activate(z, eight, PRECISION)
+        kept = kept + (activation,)
+        signs = done + (eight,)
     return kept, signs
 
 
@@ -256,10 +296,19 @@ def _sample_tile(
     t, valid = _places(first, row_near, row_length, row_ray, num_samples, seed_low, seed_high, STEPS, JITTER)
     u, v, w = _texel(px + t * qx, resolution), _texel(py + t * qy, resolution), _texel(pz + t * qz, resolution)
     area = resolution * resolution * WIDTH
-    hidden = tl.zeros([row_ray.shape[0], WIDTH], tl.float32)
-    hidden = _sample_plane(hidden, planes, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
-    hidden = _sample_plane(hidden, planes + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-    hidden = _sample_plane(hidden, planes + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+    # Nearly always one window holds all: the three are asked for together, since nothing else hides their latency.
+    ax, ay, offsets_a, inside_a = _window(x0, x1, y0, y1, resolution, 0, WIDTH, SIDE)
+    bx, by, offsets_b, inside_b = _window(x0, x1, z0, z1, resolution, 0, WIDTH, SIDE)
+    cx, cy, offsets_c, inside_c = _window(y0, y1, z0, z1, resolution, 0, WIDTH, SIDE)
+    texels_a = tl.load(planes + offsets_a, mask=inside_a, other=0.0)
+    texels_b = tl.load(planes + area + offsets_b, mask=inside_b, other=0.0)
+    texels_c = tl.load(planes + 2 * area + offsets_c, mask=inside_c, other=0.0)
+    hidden = tl.dot(_window_weights(u, v, ax, ay, SIDE, PRECISION), texels_a, input_precision="ieee")
+    hidden = tl.dot(_window_weights(u, w, bx, by, SIDE, PRECISION), texels_b, hidden, input_precision="ieee")
+    hidden = tl.dot(_window_weights(v, w, cx, cy, SIDE, PRECISION), texels_c, hidden, input_precision="ieee")
+    hidden = _sample_more(hidden, planes, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
+    hidden = _sample_more(hidden, planes + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+    hidden = _sample_more(hidden, planes + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
     return hidden, t, valid, (u, v, w), (x0, x1, y0, y1, z0, z1)
 
 
@@ -323,13 +372,13 @@ def _zeros(COUNT: tl.constexpr, WIDTH: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero", "stride"])
 def backward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums, grad_sums,
     grad_planes, grad_weights, grad_biases, grad_out_weight, grad_out_bias,
-    tiles, num_tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
+    tiles, num_tiles, stride, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
     NUM_HIDDEN: tl.constexpr, WIDTH: tl.constexpr, RAYS: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr,
-    JITTER: tl.constexpr, PRECISION: tl.constexpr,
+    JITTER: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of grad_sums [B, num_rays, NUM_SUMS] to those of planes and MLP, all float32 and zero before.
 
@@ -344,12 +393,16 @@ def backward_kernel(
     matrices = _matrices(weights, NUM_HIDDEN, WIDTH)
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
     out_biases = tl.load(out_bias + column)
-    d_weights = _zeros(NUM_HIDDEN, WIDTH)
-    own_biases = grad_biases + tl.program_id(0) * NUM_HIDDEN * WIDTH
+    d_weights = _zeros(HIGH - LOW, WIDTH)
+    d_biases = ()
+    for _ in tl.static_range(HIGH - LOW):
+        d_biases = d_biases + (tl.zeros([WIDTH, 16], tl.float32),)
+    ones = _stored(tl.full([M, 16], 1.0, tl.float32), PRECISION)
     d_out_weight = tl.zeros([16, WIDTH], tl.float32)
-    d_out_bias = tl.zeros([16], tl.float32)
+    d_out_raw = tl.zeros([M, 16], tl.float32)
 
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = (stride.to(tl.int64) * index % num_tiles).to(tl.int32)
         item_offset = (tile // tiles).to(tl.int64) * 3 * area
         ray, real, row_ray, row_real, rays, rows = _load_tile(
             origins, directions, order, tile, tiles, num_rays, RAYS, STEPS
@@ -386,27 +439,42 @@ def backward_kernel(
             d_colour = tl.reshape(weight, [M])[:, None] * row_g * value * (1 - value)
             d_raw = tl.where(column[None, :] < 3, d_colour, tl.where(column[None, :] == 3, d_density[:, None], 0.0))
 
-            d_out_bias += tl.sum(d_raw, 0)
+            if HIGH == NUM_HIDDEN:
+                d_out_raw += d_raw
             d_raw = _stored(d_raw, PRECISION)
-            d_out_weight = tl.dot(tl.trans(d_raw), kept[NUM_HIDDEN], d_out_weight, input_precision="ieee")
+            if HIGH == NUM_HIDDEN:
+                d_out_weight = tl.dot(tl.trans(d_raw), kept[NUM_HIDDEN], d_out_weight, input_precision="ieee")
             d_hidden = tl.dot(d_raw, out_weights, input_precision="ieee")
-            new_weights = ()
-            for back in tl.static_range(NUM_HIDDEN):
-                d_z = tl.where(_unpacked_signs(signs[NUM_HIDDEN - back], WIDTH), d_hidden, 0.0)
-                tl.atomic_add(own_biases + (NUM_HIDDEN - 1 - back) * WIDTH + channel, tl.sum(d_z, 0), sem="relaxed")
-                d_z = _stored(d_z, PRECISION)
-                d_weight = tl.dot(tl.trans(d_z), kept[NUM_HIDDEN - 1 - back], d_weights[back], input_precision="ieee")
-                new_weights = new_weights + (d_weight,)
-                d_hidden = tl.dot(d_z, matrices[NUM_HIDDEN - 1 - back], input_precision="ieee")
+            new_weights, new_biases = (), ()
+            for back in tl.static_range(NUM_HIDDEN + 1 - LOW):
+                if back == 0:
+                    eight = signs[NUM_HIDDEN // 8]
+                elif (NUM_HIDDEN - back) % 8 == 7:
+                    eight = signs[(NUM_HIDDEN - back) // 8]
+                if back < NUM_HIDDEN - LOW or LOW == 0:
+                    d_z, eight = _deactivate(d_hidden, eight, PRECISION)
+                if back < NUM_HIDDEN - LOW:
+                    if back >= NUM_HIDDEN - HIGH:
+                        d_weight = tl.dot(tl.trans(d_z), kept[NUM_HIDDEN - 1 - back], d_weights[back - (NUM_HIDDEN - HIGH)], input_precision="ieee")
+                        new_weights = new_weights + (d_weight,)
+                        d_bias = tl.dot(tl.trans(d_z), ones, d_biases[back - (NUM_HIDDEN - HIGH)], input_precision="ieee")
+                        new_biases = new_biases + (d_bias,)
+                    if back < NUM_HIDDEN - LOW - 1 or LOW == 0:
+                        d_hidden = tl.dot(d_z, matrices[NUM_HIDDEN - 1 - back], input_precision="ieee")
+            d_biases = new_biases
             d_weights = new_weights  # the last layer's first
-            d_first = _stored(tl.where(_unpacked_signs(signs[0], WIDTH), d_hidden, 0.0), PRECISION)
-            grads = grad_planes + item_offset
-            _scatter_plane(d_first, grads, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
-            _scatter_plane(d_first, grads + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
-            _scatter_plane(d_first, grads + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+            if LOW == 0:
+                grads = grad_planes + item_offset
+                _scatter_plane(d_z, grads, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
+                _scatter_plane(d_z, grads + area, u, w, x0, x1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
+                _scatter_plane(d_z, grads + 2 * area, v, w, y0, y1, z0, z1, resolution, WIDTH, SIDE, PRECISION)
 
-    for back in tl.static_range(NUM_HIDDEN):
-        layer = NUM_HIDDEN - 1 - back
+    for back in tl.static_range(HIGH - LOW):
+        layer = HIGH - 1 - back
         tl.atomic_add(grad_weights + layer * WIDTH * WIDTH + square, d_weights[back], sem="relaxed")
-    tl.atomic_add(grad_out_weight + column[:, None] * WIDTH + channel[None, :], d_out_weight, sem="relaxed")
-    tl.atomic_add(grad_out_bias + column, d_out_bias, sem="relaxed")
+    for back in tl.static_range(HIGH - LOW):
+        own = grad_biases + (HIGH - 1 - back) * WIDTH + channel[:, None] + 0 * column[None, :]
+        tl.atomic_add(own, d_biases[back], mask=(column == 0)[None, :], sem="relaxed")
+    if HIGH == NUM_HIDDEN:
+        tl.atomic_add(grad_out_weight + column[:, None] * WIDTH + channel[None, :], d_out_weight, sem="relaxed")
+        tl.atomic_add(grad_out_bias + column, tl.sum(d_out_raw, 0), sem="relaxed")

@@ -126,7 +126,7 @@ def test_folding_the_first_layer_into_the_planes_is_exact(
 @settings(max_examples=50, deadline=None)
 @given(pictures=st.integers(1, 4), rows=st.integers(1, 13), columns=st.integers(1, 13))
 def test_tiles_hold_every_ray_once_and_only_neighbours(pictures: int, rows: int, columns: int) -> None:
-    order = fused._tile_order(pictures * rows * columns, (rows, columns), torch.device("cpu"))
+    order = fused._tile_order(pictures * rows * columns, (rows, columns), fused.FORWARD, torch.device("cpu"))
     assert sorted(order[order >= 0].tolist()) == list(range(pictures * rows * columns))
     for tile in order.reshape(-1, 16).tolist():
         rays = [ray for ray in tile if ray >= 0]
