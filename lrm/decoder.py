@@ -59,10 +59,11 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         """Return [B, T, D]."""
-        query = self.query(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key_value = self.key_value(context).unflatten(-1, (2, self.num_heads, -1))
-        key, value = key_value.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        # Keys and values by a product each: cuDNN's attention takes none that share memory.
+        halves = self.key_value.weight.chunk(2)
+        projected = (self.query(tokens), F.linear(context, halves[0]), F.linear(context, halves[1]))
+        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
+        attended = F.scaled_dot_product_attention(*heads)
         out: Tensor = self.out(attended.transpose(1, 2).flatten(-2))
         return out
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,6 +32,7 @@ from lrm import checkpoint, mesh
 from lrm.config import RunConfig, Strict
 from lrm.data import input_fields
 from lrm.model import LRM
+from lrm.parallel import fast_attention
 from lrm.photo import Background, assumed_distance, frame_object, list_pictures, orbit_camera, read_cutout
 from lrm.pixels import Float32
 from pipeline.spec import apply_overrides, validate_config
@@ -101,9 +102,11 @@ def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def precision_of(device: torch.device) -> Any:
-    """Return the autocast to work in: bfloat16 on a GPU, which the fused renderer needs; float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+@contextmanager
+def precision_of(device: torch.device) -> Iterator[None]:
+    """Work in bfloat16 on a GPU, which the fused renderer needs, and with its fastest attention; float32 elsewhere."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), fast_attention(device):
+        yield
 
 
 @dataclass(slots=True)

@@ -49,6 +49,7 @@ from lrm.data import Loader, open_reader
 from lrm.losses import load_lpips, psnr_db
 from lrm.metrics import Clock, Recorder, check_recorders
 from lrm.optim import learning_rate
+from lrm.parallel import fast_attention
 from lrm.preview import HeldOut
 from lrm.ranks import Ranks, joined_ranks
 from lrm.trainer import Trainer, TrainingError, build_model
@@ -248,7 +249,7 @@ def train(config: RunConfig, corpus: str, version: int | None, out_dir: str | os
     check_recorders(config)
     lpips = load_lpips(config.train)
     reader = open_reader(corpus, version, config.data)
-    with stop_signals() as stop, joined_ranks(config.train.device) as ranks:
+    with stop_signals() as stop, joined_ranks(config.train.device) as ranks, fast_attention(ranks.device):
         if config.train.batch_size % ranks.size:  # gradients are averaged over ranks as equals
             raise UserError(
                 f"train.batch_size {config.train.batch_size} must divide by the {ranks.size} ranks of this run"

@@ -21,7 +21,9 @@ instead of 4 a sample and channel.
 
 where the last sum is the whole, known from the forward pass's results, less what the walk has met already. Activations
 of a tile are computed again. Gradients of the MLP are carried through the whole loop of a program, which takes many
-tiles, and are added to memory once, at its end.
+tiles, and are added to memory once, at its end. Those of all layers are more than the registers hold, and what spills
+goes to the L2 cache, since shared memory leaves no room in the L1: a launch takes hidden layers LOW to HIGH - 1, and
+the walk is made again for the others.
 
 Products take bfloat16 and add up in float32. PRECISION "bf16-emulated" rounds alike and multiplies in float32, for
 Triton's interpreter, which takes the bits of bfloat16 for integers in a product; products of two bfloat16 are exact in
@@ -90,13 +92,36 @@ def _texel(position, resolution):
 
 
 @triton.jit
-def _bounds(origin, direction, near, far, hit, resolution):
-    """Return the first and the last texel along an axis that any sample of the rays [RAYS] in [near, far] touches."""
-    a, b = _texel(origin + near * direction, resolution), _texel(origin + far * direction, resolution)
+def _envelope(origin, direction, near, length, hit, resolution):
+    """Return what bounds the places of rays [RAYS] along an axis, in texels: least and greatest at entry, and at exit.
+
+    A ray's place is linear in the step. The least of several linear functions lies above its chord, the greatest below,
+    so that lines between these numbers bound the places at all steps, and none need be looked at again.
+    """
+    a = (origin + near * direction + 1) * (0.5 * resolution) - 0.5
+    b = (origin + (near + length) * direction + 1) * (0.5 * resolution) - 0.5
+    lows = tl.min(tl.where(hit, a, 1e9), 0), tl.min(tl.where(hit, b, 1e9), 0)
+    return lows[0], lows[1], tl.max(tl.where(hit, a, -1e9), 0), tl.max(tl.where(hit, b, -1e9), 0)
+
+
+@triton.jit
+def _envelopes(rays, resolution):
+    ox, oy, oz, dx, dy, dz, near, length = rays
+    x = _envelope(ox, dx, near, length, length > 0, resolution)
+    y = _envelope(oy, dy, near, length, length > 0, resolution)
+    return x, y, _envelope(oz, dz, near, length, length > 0, resolution)
+
+
+@triton.jit
+def _bounds(envelope, begin, end, resolution):
+    """Return the first and the last texel along an axis that any sample touches in parts begin to end of its ray."""
+    low, low_end, high, high_end = envelope
+    first = low + tl.minimum(begin * (low_end - low), end * (low_end - low))
+    last = high + tl.maximum(begin * (high_end - high), end * (high_end - high))
     # A hundredth of a texel on either side, since a sample's place and the bounds are rounded apart.
-    first = tl.min(tl.where(hit, tl.minimum(a, b), 1e9), 0) - 0.01
-    last = tl.max(tl.where(hit, tl.maximum(a, b), 0.0), 0) + 0.01
-    return tl.maximum(first, 0.0).to(tl.int32), tl.minimum(last.to(tl.int32) + 1, resolution - 1)
+    first = tl.minimum(tl.maximum(first - 0.01, 0.0), resolution - 1.0).to(tl.int32)
+    last = tl.minimum(tl.maximum(last + 0.01, 0.0), resolution - 1.0).to(tl.int32)
+    return first, tl.minimum(last + 1, resolution - 1)
 
 
 @triton.jit
@@ -115,7 +140,7 @@ def _window_weights(u, v, x0, y0, SIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _window(first_x, last_x, first_y, last_y, resolution, index, WIDTH: tl.constexpr, SIDE: tl.constexpr):
-    """Return the first texel (x0, y0) of a box's window, its offsets [SIDE^2, WIDTH] in a plane, and which are inside."""
+    """Return a window's first texel (x0, y0), its texels' offsets [SIDE^2, WIDTH] in a plane, and which are inside."""
     across = (last_x - first_x) // SIDE + 1
     x0, y0 = first_x + index % across * SIDE, first_y + index // across * SIDE
     cell, channel = tl.arange(0, SIDE * SIDE), tl.arange(0, WIDTH)
@@ -179,8 +204,8 @@ def _column(matrix, column, index: tl.constexpr):
 def _activate(z, signs, PRECISION: tl.constexpr):
     """Return relu(z) as products take it, and signs, int8 like z, moved up by a bit that tells whether z is positive.
 
-    In bfloat16 this is 1.75 instructions an element, by pairs: h + 0x7FFF has its highest bit set if the bfloat16 h >= 0
-    is not 0, and `prmt` spreads that bit over a byte.
+    In bfloat16 this is 1.75 instructions an element, by pairs: h + 0x7FFF has its highest bit set if the bfloat16
+    h >= 0 is not 0, and `prmt` spreads that bit over a byte.
     """
     if PRECISION == "bf16":
         return tl.inline_asm_elementwise(
@@ -278,7 +303,7 @@ def _load_tile(origins, directions, order, tile, tiles, num_rays, RAYS: tl.const
 
 @triton.jit
 def _sample_tile(
-    planes, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+    planes, envelopes, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
     WIDTH: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr, JITTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sample planes [3, R, R, WIDTH] at the rows of a tile's steps from `first` on.
@@ -287,16 +312,15 @@ def _sample_tile(
         the sum of the three samples [M, WIDTH], distances [M], which rows are samples [M], places in texels along x, y
         and z [M] each, and the first and last texel along each.
     """
-    ox, oy, oz, dx, dy, dz, near, length = rays
     px, py, pz, qx, qy, qz, row_near, row_length = rows
-    enter, leave = near + first * (length / num_samples), near + (first + STEPS) * (length / num_samples)
-    x0, x1 = _bounds(ox, dx, enter, leave, length > 0, resolution)
-    y0, y1 = _bounds(oy, dy, enter, leave, length > 0, resolution)
-    z0, z1 = _bounds(oz, dz, enter, leave, length > 0, resolution)
+    begin, end = first / num_samples, tl.minimum((first + STEPS) / num_samples, 1.0)
+    x0, x1 = _bounds(envelopes[0], begin, end, resolution)
+    y0, y1 = _bounds(envelopes[1], begin, end, resolution)
+    z0, z1 = _bounds(envelopes[2], begin, end, resolution)
     t, valid = _places(first, row_near, row_length, row_ray, num_samples, seed_low, seed_high, STEPS, JITTER)
     u, v, w = _texel(px + t * qx, resolution), _texel(py + t * qy, resolution), _texel(pz + t * qz, resolution)
     area = resolution * resolution * WIDTH
-    # Nearly always one window holds all: the three are asked for together, since nothing else hides their latency.
+    # The first windows, which hold all in half of the cases, are asked for together: nothing else hides their latency.
     ax, ay, offsets_a, inside_a = _window(x0, x1, y0, y1, resolution, 0, WIDTH, SIDE)
     bx, by, offsets_b, inside_b = _window(x0, x1, z0, z1, resolution, 0, WIDTH, SIDE)
     cx, cy, offsets_c, inside_c = _window(y0, y1, z0, z1, resolution, 0, WIDTH, SIDE)
@@ -334,6 +358,7 @@ def forward_kernel(
     planes += (tile // tiles).to(tl.int64) * 3 * resolution * resolution * WIDTH
     end = tl.where(tl.max(rays[7], 0) > 0, num_samples, 0)  # nothing is done for a tile that misses the box
 
+    envelopes = _envelopes(rays, resolution)
     matrices = _matrices(weights, NUM_HIDDEN, WIDTH)
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
     out_biases = tl.load(out_bias + column)
@@ -341,7 +366,7 @@ def forward_kernel(
     total = tl.zeros([RAYS, 16], tl.float32)
     for first in range(0, end, STEPS):
         hidden, t, valid, _places_in, _bounds_of = _sample_tile(
-            planes, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+            planes, envelopes, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
             WIDTH, STEPS, SIDE, JITTER, PRECISION,
         )  # fmt: skip
         kept, _signs = _layers(hidden, matrices, biases + first * zero, WIDTH, PRECISION)
@@ -372,19 +397,53 @@ def _zeros(COUNT: tl.constexpr, WIDTH: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero", "stride"])
+@triton.jit
+def _layers_backward(
+    d_hidden, kept, signs, matrices, d_weights, d_biases,
+    NUM_HIDDEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go back through the hidden layers, from the gradient of the last one's activations [M, WIDTH].
+
+    Returns:
+        the gradient of the folded layer's output if LOW is 0, d_weights (the last layer's first) and d_biases
+        [16, WIDTH], of layers LOW to HIGH - 1, with this tile's added. Those of biases are a product with rows of ones,
+        which is cheaper than a sum over the tile.
+    """
+    new_weights = ()
+    for back in tl.static_range(NUM_HIDDEN + 1 - LOW):
+        if back == 0:
+            eight = signs[NUM_HIDDEN // 8]
+        elif (NUM_HIDDEN - back) % 8 == 7:
+            eight = signs[(NUM_HIDDEN - back) // 8]
+        if back < NUM_HIDDEN - LOW or LOW == 0:
+            d_z, eight = _deactivate(d_hidden, eight, PRECISION)
+        if back < NUM_HIDDEN - LOW:
+            if back >= NUM_HIDDEN - HIGH:
+                before = tl.trans(d_z)
+                d_weight = d_weights[back - (NUM_HIDDEN - HIGH)]
+                d_weight = tl.dot(before, kept[NUM_HIDDEN - 1 - back], d_weight, input_precision="ieee")
+                new_weights = new_weights + (d_weight,)
+                row = tl.arange(0, 16)[:, None] + tl.zeros([1, d_z.shape[0]], tl.int32)
+                ones = _stored(tl.where(row == NUM_HIDDEN - 1 - back - LOW, 1.0, 0.0), PRECISION)
+                d_biases = tl.dot(ones, d_z, d_biases, input_precision="ieee")
+            if back < NUM_HIDDEN - LOW - 1 or LOW == 0:
+                d_hidden = tl.dot(d_z, matrices[NUM_HIDDEN - 1 - back], input_precision="ieee")
+    return d_z, new_weights, d_biases
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "zero"])
 def backward_kernel(
     planes, weights, biases, out_weight, out_bias, origins, directions, order, sums, grad_sums,
     grad_planes, grad_weights, grad_biases, grad_out_weight, grad_out_bias,
-    tiles, num_tiles, stride, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
+    tiles, num_tiles, num_rays, num_samples, resolution, density_bias, seed_low, seed_high, zero,
     NUM_HIDDEN: tl.constexpr, WIDTH: tl.constexpr, RAYS: tl.constexpr, STEPS: tl.constexpr, SIDE: tl.constexpr,
     JITTER: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of grad_sums [B, num_rays, NUM_SUMS] to those of planes and MLP, all float32 and zero before.
 
-    As in `forward_kernel`; and grad_biases is [num_programs, NUM_HIDDEN, WIDTH], a row a program to be summed later,
-    since the sums over a tile would be 2 more registers a channel and layer. A program takes every num_programs-th of
-    the num_tiles = B * tiles tiles.
+    As in `forward_kernel`. A program takes every num_programs-th of the num_tiles = B * tiles tiles. Of the hidden
+    layers only LOW to HIGH - 1, 16 at most, get their gradients; the output gets its own if HIGH is NUM_HIDDEN, the
+    planes get theirs if LOW is 0.
     """
     M: tl.constexpr = RAYS * STEPS
     column, channel = tl.arange(0, 16), tl.arange(0, WIDTH)
@@ -394,20 +453,17 @@ def backward_kernel(
     out_weights = tl.load(out_weight + column[:, None] * WIDTH + channel[None, :])
     out_biases = tl.load(out_bias + column)
     d_weights = _zeros(HIGH - LOW, WIDTH)
-    d_biases = ()
-    for _ in tl.static_range(HIGH - LOW):
-        d_biases = d_biases + (tl.zeros([WIDTH, 16], tl.float32),)
-    ones = _stored(tl.full([M, 16], 1.0, tl.float32), PRECISION)
+    d_biases = tl.zeros([16, WIDTH], tl.float32)
     d_out_weight = tl.zeros([16, WIDTH], tl.float32)
     d_out_raw = tl.zeros([M, 16], tl.float32)
 
-    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        tile = (stride.to(tl.int64) * index % num_tiles).to(tl.int32)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         item_offset = (tile // tiles).to(tl.int64) * 3 * area
         ray, real, row_ray, row_real, rays, rows = _load_tile(
             origins, directions, order, tile, tiles, num_rays, RAYS, STEPS
         )
         end = tl.where(tl.max(rays[7], 0) > 0, num_samples, 0)
+        envelopes = _envelopes(rays, resolution)
         summed = (column < 5)[None, :]
         sum_of = tl.load(sums + ray[:, None] * 5 + column[None, :], mask=real[:, None] & summed, other=0.0)
         g_of = tl.load(grad_sums + ray[:, None] * 5 + column[None, :], mask=real[:, None] & summed, other=0.0)
@@ -416,7 +472,7 @@ def backward_kernel(
         depth = tl.zeros([RAYS], tl.float32)
         for first in range(0, end, STEPS):
             hidden, t, valid, places, bounds = _sample_tile(
-                planes + item_offset, rays, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
+                planes + item_offset, envelopes, rows, row_ray, first, num_samples, resolution, seed_low, seed_high,
                 WIDTH, STEPS, SIDE, JITTER, PRECISION,
             )  # fmt: skip
             u, v, w = places
@@ -445,24 +501,9 @@ def backward_kernel(
             if HIGH == NUM_HIDDEN:
                 d_out_weight = tl.dot(tl.trans(d_raw), kept[NUM_HIDDEN], d_out_weight, input_precision="ieee")
             d_hidden = tl.dot(d_raw, out_weights, input_precision="ieee")
-            new_weights, new_biases = (), ()
-            for back in tl.static_range(NUM_HIDDEN + 1 - LOW):
-                if back == 0:
-                    eight = signs[NUM_HIDDEN // 8]
-                elif (NUM_HIDDEN - back) % 8 == 7:
-                    eight = signs[(NUM_HIDDEN - back) // 8]
-                if back < NUM_HIDDEN - LOW or LOW == 0:
-                    d_z, eight = _deactivate(d_hidden, eight, PRECISION)
-                if back < NUM_HIDDEN - LOW:
-                    if back >= NUM_HIDDEN - HIGH:
-                        d_weight = tl.dot(tl.trans(d_z), kept[NUM_HIDDEN - 1 - back], d_weights[back - (NUM_HIDDEN - HIGH)], input_precision="ieee")
-                        new_weights = new_weights + (d_weight,)
-                        d_bias = tl.dot(tl.trans(d_z), ones, d_biases[back - (NUM_HIDDEN - HIGH)], input_precision="ieee")
-                        new_biases = new_biases + (d_bias,)
-                    if back < NUM_HIDDEN - LOW - 1 or LOW == 0:
-                        d_hidden = tl.dot(d_z, matrices[NUM_HIDDEN - 1 - back], input_precision="ieee")
-            d_biases = new_biases
-            d_weights = new_weights  # the last layer's first
+            d_z, d_weights, d_biases = _layers_backward(
+                d_hidden, kept, signs, matrices, d_weights, d_biases, NUM_HIDDEN, LOW, HIGH, PRECISION
+            )
             if LOW == 0:
                 grads = grad_planes + item_offset
                 _scatter_plane(d_z, grads, u, v, x0, x1, y0, y1, resolution, WIDTH, SIDE, PRECISION)
@@ -472,9 +513,8 @@ def backward_kernel(
     for back in tl.static_range(HIGH - LOW):
         layer = HIGH - 1 - back
         tl.atomic_add(grad_weights + layer * WIDTH * WIDTH + square, d_weights[back], sem="relaxed")
-    for back in tl.static_range(HIGH - LOW):
-        own = grad_biases + (HIGH - 1 - back) * WIDTH + channel[:, None] + 0 * column[None, :]
-        tl.atomic_add(own, d_biases[back], mask=(column == 0)[None, :], sem="relaxed")
+    own = grad_biases + LOW * WIDTH + column[:, None] * WIDTH + channel[None, :]
+    tl.atomic_add(own, d_biases, mask=(column < HIGH - LOW)[:, None], sem="relaxed")
     if HIGH == NUM_HIDDEN:
         tl.atomic_add(grad_out_weight + column[:, None] * WIDTH + channel[None, :], d_out_weight, sem="relaxed")
         tl.atomic_add(grad_out_bias + column, tl.sum(d_out_raw, 0), sem="relaxed")

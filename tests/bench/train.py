@@ -37,7 +37,7 @@ from lrm.flops import count_flops, peak_flops
 from lrm.losses import Lpips, lpips_shapes, mse_loss
 from lrm.model import LRM
 from lrm.optim import build_optimizer
-from lrm.parallel import shard
+from lrm.parallel import fast_attention, shard
 from lrm.ranks import Ranks
 from lrm.volume import deferred, fused, reference
 from lrm.volume.reference import RadianceField
@@ -146,7 +146,8 @@ def _run_case(case: dict[str, Any]) -> dict[str, Any]:
 def _measure_case(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     measure = {"render": _measure_render, "step": _measure_step, "infer": _measure_infer}[case["kind"]]
-    return measure(case)
+    with fast_attention(DEVICE):
+        return measure(case)
 
 
 def _measure_render(case: dict[str, Any]) -> dict[str, Any]:
