@@ -28,7 +28,6 @@ once.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -38,11 +37,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lrm.order import Draw, SampleOrder
+from lrm.windows import BatchArrays, ReadingWindow
 from pipeline.reader import DamagedDataError, Request, VersionReader, ViewsRead
 from pipeline.shard_cache import CachedReads
 from pipeline.shard_reads import Buffer, ReadStats
@@ -147,40 +146,6 @@ class _Slot:
     opened: bool = False  # whether it may be decoded; it is, once both hold
 
 
-class _Arrays:
-    """Memory of batches. A set that the consumer has dropped is used again: fresh pages cost as much as a copy.
-
-    Pinned memory comes from torch's own caching allocator, which waits for copies that are still under way.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]], num: int, most: int, *, pin: bool
-    ) -> None:
-        self._shapes = {name: ((num, *shape), kind) for name, (shape, kind) in shapes.items()}
-        self._pin, self._most = pin, most
-        self._known: list[tuple[dict[str, NDArray[Any]], int]] = []
-
-    @staticmethod
-    def _references(arrays: dict[str, NDArray[Any]]) -> int:
-        return sum(sys.getrefcount(array) for array in arrays.values())
-
-    def take(self) -> tuple[dict[str, NDArray[Any]], Batch]:
-        """Return arrays to write, and the tensors over them."""
-        if self._pin:
-            tensors = {
-                name: torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype, pin_memory=True)
-                for name, (shape, kind) in self._shapes.items()
-            }
-            return {name: tensor.numpy() for name, tensor in tensors.items()}, tensors
-        for arrays, unused in self._known:
-            if self._references(arrays) == unused:
-                return dict(arrays), {name: torch.from_numpy(array) for name, array in arrays.items()}
-        arrays = {name: np.empty(shape, kind) for name, (shape, kind) in self._shapes.items()}
-        if len(self._known) < self._most:  # a consumer that keeps batches gets memory of its own
-            self._known.append((arrays, self._references(arrays)))
-        return dict(arrays), {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
 class BatchLoader:
     """An iterator of batches with a resumable position.
 
@@ -222,10 +187,11 @@ class BatchLoader:
         )  # fmt: skip
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._local = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self._arrays = _Arrays(
+        self._arrays = BatchArrays(
             preparer.shapes() | {"row": ((), np.int64), "valid": ((), np.bool_)},
             self._local.stop - self._local.start, options.prefetch_batches + 4, pin=options.pin_memory,
         )  # fmt: skip
+        self._window = ReadingWindow(options.prefetch_bytes)
         self._lock = threading.RLock()
         self._ready = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="lrm-decode")
@@ -377,13 +343,11 @@ class BatchLoader:
         while self._waiting and self._is_open(self._waiting[0].batch):
             slot = self._waiting.popleft()
             slot.opened = True
-            if slot.batch.arrays is None:
-                slot.batch.arrays, slot.batch.tensors = self._arrays.take()
             if slot.arrived:
                 self._pool.submit(self._decode, slot, self._generation)
 
     def _has_room(self) -> bool:
-        return self._bytes_ahead < self._options.prefetch_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
+        return self._bytes_ahead < self._window.num_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
 
     def _window_is_short(self) -> bool:
         """Whether the batch being waited for is not wholly asked for, however small the window of bytes is."""
@@ -428,7 +392,11 @@ class BatchLoader:
 
     def _decode(self, slot: _Slot, generation: int) -> None:
         batch = slot.batch
-        assert batch.arrays is not None
+        with self._lock:
+            if generation != self._generation:
+                return
+            if batch.arrays is None:  # now and not when it was opened: batches that wait for bytes need no memory
+                batch.arrays, batch.tensors = self._arrays.take()
         out = {name: array[slot.place] for name, array in batch.arrays.items() if name not in ("row", "valid")}
         num_bytes, error, draw = 0, None, slot.draw
         try:
@@ -442,6 +410,7 @@ class BatchLoader:
                 return
             slot.future = None
             self._bytes_ahead -= slot.request.num_bytes
+            self._window.note_decoded(slot.request.num_bytes)
             self._num_ahead -= 1
             batch.num_bytes += num_bytes
             batch.left -= 1
