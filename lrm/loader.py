@@ -1,10 +1,11 @@
 """Batches ahead of their consumer: reading by bytes, decoding by threads, exactly once, resumable anywhere.
 
 Two windows move along the order (`lrm.order`). The *reading* window is bounded in bytes: samples are asked for from the
-store as long as fewer than `prefetch_bytes` of encoded views are on their way or wait for a decoder, so a slow store
-gets many requests at once and a fast one does not fill the memory. The *decoding* window is bounded in batches: a view
+store as long as fewer encoded bytes are on their way or wait for a decoder than are decoded in a quarter of a second
+(`lrm.windows`; `prefetch_bytes` is the limit), so a slow store gets many requests at once and a fast one does not fill
+the memory. The *decoding* window is bounded in batches: a view
 is decoded straight into its place in the batch it belongs to, at most `prefetch_batches` beyond the one being waited
-for. Samples are decoded as they arrive, in any order; batches leave in order.
+for. Of the samples that have arrived, the one that is wanted first is decoded first; batches leave in order.
 
 Threads, not processes. Decoding releases the GIL and what remains in Python is about 0.4 ms an object of four 512^2
 views, so two threads keep two cores decoding. Two worker processes of a DataLoader were measured beside them
@@ -27,6 +28,7 @@ once.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 import time
@@ -269,6 +271,7 @@ class BatchLoader:
             self._batches: deque[_Open] = deque()
             self._waiting: deque[_Slot] = deque()  # slots of batches that are not open for decoding yet
             self._rest: deque[tuple[_Open, int]] = deque()  # slots that are not asked for yet
+            self._arrivals: list[tuple[int, int, _Slot]] = []  # a heap of slots that may be decoded now
             self._generation = getattr(self, "_generation", 0) + 1
 
     def _after(self, consumed: int) -> int:
@@ -344,7 +347,7 @@ class BatchLoader:
             slot = self._waiting.popleft()
             slot.opened = True
             if slot.arrived:
-                self._pool.submit(self._decode, slot, self._generation)
+                self._line_up(slot)
 
     def _has_room(self) -> bool:
         return self._bytes_ahead < self._window.num_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
@@ -388,13 +391,19 @@ class BatchLoader:
                 return
             slot.arrived = True
             if slot.opened:
-                self._pool.submit(self._decode, slot, generation)
+                self._line_up(slot)
 
-    def _decode(self, slot: _Slot, generation: int) -> None:
-        batch = slot.batch
+    def _line_up(self, slot: _Slot) -> None:
+        heapq.heappush(self._arrivals, (slot.batch.number, slot.place, slot))
+        self._pool.submit(self._decode, self._generation)
+
+    def _decode(self, generation: int) -> None:
+        """Decode the sample that is wanted first of those that have arrived."""
         with self._lock:
             if generation != self._generation:
                 return
+            slot = heapq.heappop(self._arrivals)[2]
+            batch = slot.batch
             if batch.arrays is None:  # now and not when it was opened: batches that wait for bytes need no memory
                 batch.arrays, batch.tensors = self._arrays.take()
         out = {name: array[slot.place] for name, array in batch.arrays.items() if name not in ("row", "valid")}

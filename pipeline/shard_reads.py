@@ -44,6 +44,9 @@ GAP_SHARE = 0.02
 """Larger gaps are bridged up to this share of the bytes asked for, so that a request is saved and not a byte in ten
 wasted."""
 MIN_HEDGE_S = 0.25
+FIRST_REQUESTS = 16
+"""Requests at once to begin with; every answer makes room for one more. Connections that are all opened at once delay
+the first batch by the time it takes to open them."""
 
 
 @dataclass(slots=True)
@@ -244,6 +247,7 @@ class RemoteReads:
 
     def __init__(self, store: Store, *, max_requests: int = 64, hedge_factor: float = 4.0) -> None:
         self._store, self._max_requests, self._hedge_factor = store, max_requests, hedge_factor
+        self._room = min(max_requests, FIRST_REQUESTS)
         self.stats = ReadStats()
         self._usual = _Usual()
         self._queue: deque[_Read] = deque()
@@ -272,10 +276,10 @@ class RemoteReads:
         self._send_more()
 
     def _send_more(self) -> None:
-        """Send reads in the order they were asked for, as many as `max_requests` allows, and one at least."""
+        """Send reads in the order they were asked for, as many as there is room for, and one at least."""
         while self._queue and not self._closed:
             num = len(self._queue[0].spans)
-            if self._num_requests and self._num_requests + num > self._max_requests:
+            if self._num_requests and self._num_requests + num > self._room:
                 return
             read = self._queue.popleft()
             if read.set_running_or_notify_cancel():
@@ -305,6 +309,7 @@ class RemoteReads:
     def _settle(self, read: _Read, done: asyncio.Future[Any]) -> None:
         """Take the first answer; an error counts if no other call is under way."""
         self._num_requests -= len(read.spans)
+        self._room = min(self._max_requests, self._room + len(read.spans))
         read.under_way.remove(done)
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if not read.answered and (error is None or not read.under_way):
