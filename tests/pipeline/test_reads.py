@@ -179,7 +179,7 @@ MILLION = """
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
-from pipeline.index import _SCHEMA, _NEEDED, SampleIndex, write_index
+from pipeline.index_making import _NEEDED, write_index
 NUM, STEP = 1_000_000, 50_000
 
 def batches():
