@@ -23,9 +23,9 @@ _PAUSE_S = 1.0
 class ReadingWindow:
     """How many bytes may be read ahead: what the decoders use up in AHEAD_S, between LEAST_AHEAD_BYTES and a limit.
 
-    A window of one size is too large on a slow machine and too small on a fast one: 64 MiB are 1 s of two cores' work
-    and 0.1 s of twenty cores'. Too large costs more than memory: what fills it takes processor and network from the
-    samples that are waited for, for the whole of a short run, and is thrown away at its end.
+    A window of one size is too large on a slow machine and too small on a fast one: 64 MiB are half a second's work of
+    two cores and a twentieth of twenty cores. Too large costs more than memory: what fills it takes processor and
+    network from the samples that are waited for, for the whole of a short run, and is thrown away at its end.
 
     Args:
         most_bytes: the limit.

@@ -193,7 +193,7 @@ def open_index(store: Store, version: Version, cache_dir: Path | None = None) ->
     folder = (cache_dir or default_cache_dir()) / "index"
     path = folder / f"{version.digest[:40]}-{LAYOUT}.arrow"
     if not path.exists():
-        from pipeline.index_making import make_index  # Parquet and Arrow's functions: a tenth of a second, once a node
+        from pipeline.index_making import make_index  # Parquet, Arrow's functions: most nodes have an index
 
         folder.mkdir(parents=True, exist_ok=True)
         _forget_old(folder)

@@ -6,7 +6,7 @@ its parts, for callers that read ahead: bytes arrive by themselves, and are chec
 
 Two views of the rows: `index` (`pipeline.index`) is what reading needs, mapped and shared; `rows` is the whole table,
 loaded when it is first asked for, for reports and tools. What only these need is imported there: opening a version to
-read it loads none of the code that makes one, a sixth of a second in every rank and worker.
+read it loads none of the code that makes one, 0.14 s in every rank and worker.
 
 A reader may be used from any number of threads. It pickles as its URL, number and cache. A process that was forked
 while the parent had a remote store open must not go on with it (the store's client has threads that a fork does not

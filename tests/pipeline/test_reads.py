@@ -205,6 +205,14 @@ def test_a_read_of_more_spans_than_requests_are_allowed_is_sent_all_the_same(ser
     reads.close()
 
 
+def test_what_the_client_refuses_to_ask_for_is_an_error_and_no_wait(server: WebServer) -> None:
+    reader = VersionReader.open(server.url)
+    with pytest.raises(ValueError, match="Invalid range"):
+        reader.reads.submit(reader.shard(0), [10], [0]).result(10)
+    assert len(reader.read_views(0, [1]).planes) == 1, "the loop goes on"
+    reader.close()
+
+
 def test_closing_ends_the_wait_for_what_was_sent_and_what_was_not(server: WebServer) -> None:
     reader = VersionReader.open(server.url)
     len(reader)
