@@ -16,7 +16,7 @@ AHEAD_S = 0.25
 """What is decoded in so many seconds is read ahead. An answer that takes longer is asked for a second time
 (`pipeline.shard_reads`), so this covers what one request may be late."""
 LEAST_AHEAD_BYTES = 16 * 2**20
-"""What is read ahead in any case: enough for 64 requests of 128 KB under way and as much that waits to be decoded."""
+"""What is read ahead in any case: enough for 128 requests of 128 KB under way."""
 _PAUSE_S = 1.0
 
 

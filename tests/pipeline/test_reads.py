@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pipeline import shard_reads
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.receipt import member_index
-from pipeline.shard_reads import FIRST_REQUESTS, GAP_SHARE, MIN_GAP_BYTES, RemoteReads, join_spans
+from pipeline.shard_reads import FIRST_REQUESTS, GAP_SHARE, MAX_REQUESTS, MIN_GAP_BYTES, RemoteReads, join_spans
 from pipeline.store import StoreError, open_store
 from pipeline.types import UserError
 from tests.lrm.conftest import build_corpus
@@ -30,7 +30,7 @@ class WebServer(ThreadingHTTPServer):
     """A static file server with ranges, as nginx or a CDN is one, that can answer slowly or cut a body."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 256
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -178,8 +178,8 @@ def test_few_requests_are_sent_before_the_first_answer_and_all_that_are_allowed_
 ) -> None:
     monkeypatch.setattr(shard_reads, "MIN_HEDGE_S", 60.0)
     reader = VersionReader.open(server.url)
-    requests = [reader.request(row % len(reader), [4, 1]) for row in range(60)]
-    for most in (FIRST_REQUESTS, 64):
+    requests = [reader.request(row % len(reader), [4, 1]) for row in range(90)]
+    for most in (FIRST_REQUESTS, MAX_REQUESTS):
         server.gate.clear()
         del server.log[:]
         futures = [reader.fetch(request) for request in requests]
