@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.spec import digest_json
+from pipeline.canonical import digest_json
 from pipeline.types import UserError
 
 VARIABLE = "LRM_LOG"

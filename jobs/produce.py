@@ -20,9 +20,10 @@ import render
 from jobs.ingest_worker import IngestWorker
 from pipeline import capture
 from pipeline.admission import check_file, licence_admits
+from pipeline.canonical import digest_json
 from pipeline.sources import AssetSource, CaptureSource, open_captures, open_source
 from pipeline.sources.directory import digest_file
-from pipeline.spec import DatasetSpec, digest_json
+from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.confine import full_disk
 from render.trial import BorderTrial

@@ -31,7 +31,7 @@ from typing import Any
 import obstore
 from obstore.exceptions import BaseError
 
-from pipeline.spec import canonical_json
+from pipeline.canonical import canonical_json
 from pipeline.store import ObjectInfo, Store, StoreError
 
 BEAT_S = 60.0

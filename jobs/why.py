@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from jobs import runs
 from jobs.kinds import MEANINGS
 from jobs.logs import trace_of
-from pipeline import manifest, receipt, version
+from pipeline import receipt, version
 from pipeline.plan import PlanSet
 from pipeline.report.figures import write_png
 from pipeline.sample import SampleError, contact_sheet, decode_rgba, parse_sample_json
@@ -152,7 +152,7 @@ def _versions(store: Store, uid: str) -> list[dict[str, Any]]:
     out = []
     for number in range(version.latest_number(store), 0, -1):
         opened = version.open_version(store, number)
-        key = manifest.manifest_key(opened.manifest_sha256)
+        key = version.manifest_key(opened.manifest_sha256)
         entry: dict[str, Any] = {"version": number, "withdrawn_by_hand": uid in opened.tombstones}
         try:
             file = pa.PythonFile(RangedFile(store, key, opened.manifest_bytes), mode="r")

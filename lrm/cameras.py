@@ -30,8 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.spec import CAPTURE_SOURCES
-from pipeline.types import Float64
+from pipeline.types import CAPTURE_SOURCES, Float64
 
 CAMERA_NUMBERS = 20
 

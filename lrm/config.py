@@ -124,7 +124,7 @@ class DataConfig(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of order, views and crops; 0 is a seed like any other")
     num_threads: int = Field(ge=1, description="threads that read and decode")
     prefetch_batches: int = Field(ge=1, description="batches in flight ahead of the model")
-    prefetch_bytes: int = Field(64 * 2**20, ge=1, description="encoded bytes asked for ahead of the decoders")
+    prefetch_bytes: int = Field(64 * 2**20, ge=1, description="most encoded bytes asked for ahead of the decoders")
     cache_dir: str = Field(
         "", description="node-local folder for whole shards, shared by all processes; empty reads only the needed views"
     )

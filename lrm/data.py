@@ -25,14 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lrm.cameras import camera_numbers, input_distance, normalize_cameras, resize_intrinsics
-from lrm.config import DataConfig
 from lrm.loader import Batch, BatchLoader, Fields, LoaderOptions, LoaderStats
 from lrm.order import Draw, KeyedDraws
 from lrm.pixels import (
@@ -48,6 +47,9 @@ from lrm.pixels import (
 )
 from pipeline.reader import CacheSettings, DamagedDataError, VersionReader, ViewsRead
 from pipeline.types import Camera, Float64
+
+if TYPE_CHECKING:  # who reads without a trainer needs no models of configs
+    from lrm.config import DataConfig
 
 __all__ = [
     "Batch", "Loader", "LoaderOptions", "LoaderStats", "PlainViews", "TrainingViews", "Window", "cut_window",

@@ -1,10 +1,11 @@
 """Batches ahead of their consumer: reading by bytes, decoding by threads, exactly once, resumable anywhere.
 
 Two windows move along the order (`lrm.order`). The *reading* window is bounded in bytes: samples are asked for from the
-store as long as fewer than `prefetch_bytes` of encoded views are on their way or wait for a decoder, so a slow store
-gets many requests at once and a fast one does not fill the memory. The *decoding* window is bounded in batches: a view
+store as long as fewer encoded bytes are on their way or wait for a decoder than are decoded in a quarter of a second
+(`lrm.windows`; `prefetch_bytes` is the limit), so a slow store gets many requests at once and a fast one does not fill
+the memory. The *decoding* window is bounded in batches: a view
 is decoded straight into its place in the batch it belongs to, at most `prefetch_batches` beyond the one being waited
-for. Samples are decoded as they arrive, in any order; batches leave in order.
+for. Of the samples that have arrived, the one that is wanted first is decoded first; batches leave in order.
 
 Threads, not processes. Decoding releases the GIL and what remains in Python is about 0.4 ms an object of four 512^2
 views, so two threads keep two cores decoding. Two worker processes of a DataLoader were measured beside them
@@ -27,8 +28,8 @@ once.
 
 from __future__ import annotations
 
+import heapq
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -38,11 +39,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lrm.order import Draw, SampleOrder
+from lrm.windows import BatchArrays, ReadingWindow
 from pipeline.reader import DamagedDataError, Request, VersionReader, ViewsRead
 from pipeline.shard_cache import CachedReads
 from pipeline.shard_reads import Buffer, ReadStats
@@ -147,40 +148,6 @@ class _Slot:
     opened: bool = False  # whether it may be decoded; it is, once both hold
 
 
-class _Arrays:
-    """Memory of batches. A set that the consumer has dropped is used again: fresh pages cost as much as a copy.
-
-    Pinned memory comes from torch's own caching allocator, which waits for copies that are still under way.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]], num: int, most: int, *, pin: bool
-    ) -> None:
-        self._shapes = {name: ((num, *shape), kind) for name, (shape, kind) in shapes.items()}
-        self._pin, self._most = pin, most
-        self._known: list[tuple[dict[str, NDArray[Any]], int]] = []
-
-    @staticmethod
-    def _references(arrays: dict[str, NDArray[Any]]) -> int:
-        return sum(sys.getrefcount(array) for array in arrays.values())
-
-    def take(self) -> tuple[dict[str, NDArray[Any]], Batch]:
-        """Return arrays to write, and the tensors over them."""
-        if self._pin:
-            tensors = {
-                name: torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype, pin_memory=True)
-                for name, (shape, kind) in self._shapes.items()
-            }
-            return {name: tensor.numpy() for name, tensor in tensors.items()}, tensors
-        for arrays, unused in self._known:
-            if self._references(arrays) == unused:
-                return dict(arrays), {name: torch.from_numpy(array) for name, array in arrays.items()}
-        arrays = {name: np.empty(shape, kind) for name, (shape, kind) in self._shapes.items()}
-        if len(self._known) < self._most:  # a consumer that keeps batches gets memory of its own
-            self._known.append((arrays, self._references(arrays)))
-        return dict(arrays), {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
 class BatchLoader:
     """An iterator of batches with a resumable position.
 
@@ -222,10 +189,11 @@ class BatchLoader:
         )  # fmt: skip
         self._batch_size, self._worker, self._workers = batch_size, worker, workers
         self._local = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self._arrays = _Arrays(
+        self._arrays = BatchArrays(
             preparer.shapes() | {"row": ((), np.int64), "valid": ((), np.bool_)},
             self._local.stop - self._local.start, options.prefetch_batches + 4, pin=options.pin_memory,
         )  # fmt: skip
+        self._window = ReadingWindow(options.prefetch_bytes)
         self._lock = threading.RLock()
         self._ready = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="lrm-decode")
@@ -303,6 +271,7 @@ class BatchLoader:
             self._batches: deque[_Open] = deque()
             self._waiting: deque[_Slot] = deque()  # slots of batches that are not open for decoding yet
             self._rest: deque[tuple[_Open, int]] = deque()  # slots that are not asked for yet
+            self._arrivals: list[tuple[int, int, _Slot]] = []  # a heap of slots that may be decoded now
             self._generation = getattr(self, "_generation", 0) + 1
 
     def _after(self, consumed: int) -> int:
@@ -377,13 +346,11 @@ class BatchLoader:
         while self._waiting and self._is_open(self._waiting[0].batch):
             slot = self._waiting.popleft()
             slot.opened = True
-            if slot.batch.arrays is None:
-                slot.batch.arrays, slot.batch.tensors = self._arrays.take()
             if slot.arrived:
-                self._pool.submit(self._decode, slot, self._generation)
+                self._line_up(slot)
 
     def _has_room(self) -> bool:
-        return self._bytes_ahead < self._options.prefetch_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
+        return self._bytes_ahead < self._window.num_bytes and self._num_ahead < MAX_SAMPLES_AHEAD
 
     def _window_is_short(self) -> bool:
         """Whether the batch being waited for is not wholly asked for, however small the window of bytes is."""
@@ -424,11 +391,21 @@ class BatchLoader:
                 return
             slot.arrived = True
             if slot.opened:
-                self._pool.submit(self._decode, slot, generation)
+                self._line_up(slot)
 
-    def _decode(self, slot: _Slot, generation: int) -> None:
-        batch = slot.batch
-        assert batch.arrays is not None
+    def _line_up(self, slot: _Slot) -> None:
+        heapq.heappush(self._arrivals, (slot.batch.number, slot.place, slot))
+        self._pool.submit(self._decode, self._generation)
+
+    def _decode(self, generation: int) -> None:
+        """Decode the sample that is wanted first of those that have arrived."""
+        with self._lock:
+            if generation != self._generation:
+                return
+            slot = heapq.heappop(self._arrivals)[2]
+            batch = slot.batch
+            if batch.arrays is None:  # now and not when it was opened: batches that wait for bytes need no memory
+                batch.arrays, batch.tensors = self._arrays.take()
         out = {name: array[slot.place] for name, array in batch.arrays.items() if name not in ("row", "valid")}
         num_bytes, error, draw = 0, None, slot.draw
         try:
@@ -442,6 +419,7 @@ class BatchLoader:
                 return
             slot.future = None
             self._bytes_ahead -= slot.request.num_bytes
+            self._window.note_decoded(slot.request.num_bytes)
             self._num_ahead -= 1
             batch.num_bytes += num_bytes
             batch.left -= 1

@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 
 from pipeline import manifest, version
 from pipeline import plan as plans
+from pipeline.canonical import digest_json
 from pipeline.plan import ShardPlan
 from pipeline.receipt import commit_rows, load, member_index, tally
 from pipeline.shard import (
@@ -46,7 +47,6 @@ from pipeline.shard import (
     stretch,
     verify_shard,
 )
-from pipeline.spec import digest_json
 from pipeline.store import Store
 from pipeline.types import Asset
 from pipeline.version import Version

@@ -117,7 +117,7 @@ def _roots(store: Store) -> set[str]:
     for number in range(1, newest + 1):
         one = version.open_version(store, number)
         tombstones = one.tombstones
-        roots.add(manifest.manifest_key(one.manifest_sha256))
+        roots.add(version.manifest_key(one.manifest_sha256))
         rows = version.open_rows(store, one, ["shard_sha256"])
         roots |= {shard_key(sha256) for sha256 in rows["shard_sha256"].drop_null().unique().to_pylist()}
     planned = {plan_id for plan in plan_sets for plan_id in plan.plan_ids}

@@ -12,8 +12,7 @@ how to check them, about 330 bytes of a sample of 32 views. Those columns are co
 and mapped by every process that reads the version: ranks and workers share its pages, none holds a table of its own;
 lengths and checksums are read from it as they are needed.
 Rows keep the manifest's order, so a row number means the same everywhere. The file is made beside its name and renamed;
-a reader that finds it there uses it. The manifest itself is streamed to disk, checked against its digest, and read in
-batches, so that making the index of a million objects does not need their manifest in memory.
+a reader that finds it there uses it, else `pipeline.index_making` makes it.
 
 Road not taken: shared memory segments. They have names that outlive crashed processes, and no page cache behind them.
 """
@@ -21,64 +20,32 @@ Road not taken: shared memory segments. They have names that outlive crashed pro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import obstore
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from obstore.exceptions import BaseError, NotFoundError
 
-from pipeline.backends import short_error
-from pipeline.manifest import manifest_key
-from pipeline.shard import DamagedDataError, MemberIndex, member_name, shard_key
-from pipeline.store import Store, StoreError
+from pipeline.shard import MemberIndex, member_name, shard_key
+from pipeline.store import Store
 from pipeline.types import UserError
-from pipeline.version import Version
+from pipeline.version_record import Version
 
 ROWS_PER_BATCH = 1 << 15
 LAYOUT = 1
 KEEP_S = 30 * 86400.0
-_NEEDED = ("uid", "key", "source", "status", "heldout", "num_views", "planes", "codecs", "shard_sha256", "shard_bytes",
-           "offset", "lengths", "crc32s")  # fmt: skip
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.int16()),
-        ("heldout", pa.bool_()),
-        ("num_views", pa.int16()),
-        ("shard", pa.int32()),
-        ("offset", pa.int64()),
-        ("lengths", pa.list_(pa.int32())),
-        ("crc32s", pa.list_(pa.uint32())),
-        ("layout", pa.int16()),
-    ]
-)
 
 
 def default_cache_dir() -> Path:
     """Return the folder of what a node keeps between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrm-corpus"
-
-
-@dataclass(slots=True)
-class _Names:
-    """Numbers of values in the order they are first met."""
-
-    numbers: dict[Any, int] = field(default_factory=dict)
-
-    def number(self, value: Any) -> int:
-        return self.numbers.setdefault(value, len(self.numbers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,11 +193,13 @@ def open_index(store: Store, version: Version, cache_dir: Path | None = None) ->
     folder = (cache_dir or default_cache_dir()) / "index"
     path = folder / f"{version.digest[:40]}-{LAYOUT}.arrow"
     if not path.exists():
+        from pipeline.index_making import make_index  # Parquet, Arrow's functions: most nodes have an index
+
         folder.mkdir(parents=True, exist_ok=True)
         _forget_old(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as scratch:
             made = Path(scratch) / path.name
-            _make(store, version, made)
+            make_index(store, version, made)
             made.replace(path)
     with contextlib.suppress(OSError):
         os.utime(path)
@@ -243,132 +212,3 @@ def _forget_old(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if old.stat().st_mtime < time.time() - KEEP_S:
                 old.unlink()
-
-
-def _make(store: Store, version: Version, path: Path) -> None:
-    manifest = path.with_suffix(".parquet")
-    _download(store, version, manifest)
-    write_index(_batches(manifest), version.tombstones, path)
-
-
-def _download(store: Store, version: Version, path: Path) -> None:
-    """Stream the manifest of a version to a file, checked against its digest."""
-    key, digest, count = manifest_key(version.manifest_sha256), hashlib.sha256(), 0
-    try:
-        with path.open("wb") as file:
-            for chunk in obstore.get(store.backend, key).stream(min_chunk_size=8 * 2**20):
-                digest.update(chunk)
-                count += file.write(chunk)
-    except (NotFoundError, FileNotFoundError):
-        raise UserError(
-            f"corpus {store.url}: the manifest of version {version.number} is missing; restore it"
-        ) from None
-    except (BaseError, OSError) as error:
-        raise StoreError(f"{store.url}: reading {key} failed: {short_error(error)}") from None
-    if (digest.hexdigest(), count) != (version.manifest_sha256, version.manifest_bytes):
-        raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
-
-
-def _batches(manifest: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(manifest, memory_map=True, pre_buffer=False) as file:
-        yield from file.iter_batches(batch_size=4096, columns=list(_NEEDED), use_threads=False)
-
-
-def write_index(batches: Iterator[pa.RecordBatch], tombstones: frozenset[str], path: Path) -> None:
-    """Write the index file of a manifest's rows: those of samples that are not withdrawn."""
-    names = {"sources": _Names(), "shards": _Names(), "layouts": _Names()}
-    waiting: list[pa.RecordBatch] = []
-    count = 0
-    # Arrow's metadata stands at the head of a file and the names are known at its end: rows first, then all in place.
-    rows = path.with_suffix(".rows")
-    with pa.OSFile(str(rows), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for batch in batches:
-            kept = _numbered(batch, tombstones, names)
-            waiting.append(kept)
-            count += kept.num_rows
-            if count >= ROWS_PER_BATCH:
-                waiting, count = _flush(writer, waiting, whole=False)
-        _flush(writer, waiting, whole=True)
-    metadata = {name: json.dumps(list(found.numbers)) for name, found in names.items()}
-    with (
-        pa.memory_map(str(rows)) as source,
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA.with_metadata(metadata)) as writer,
-    ):
-        reader = pa.ipc.open_file(source)
-        for i in range(reader.num_record_batches):
-            writer.write_batch(reader.get_batch(i).replace_schema_metadata(metadata))
-    rows.unlink()
-
-
-def _flush(writer: Any, waiting: list[pa.RecordBatch], *, whole: bool) -> tuple[list[pa.RecordBatch], int]:
-    """Write the rows that fill batches of ROWS_PER_BATCH, all of them if `whole`; return what is left."""
-    table = pa.Table.from_batches(waiting, _SCHEMA).combine_chunks()
-    start = 0
-    while table.num_rows - start >= ROWS_PER_BATCH or (whole and start < table.num_rows):
-        piece = table.slice(start, ROWS_PER_BATCH).combine_chunks()
-        writer.write_batch(pa.RecordBatch.from_arrays([c.chunk(0) for c in _fresh(piece).columns], schema=_SCHEMA))
-        start += piece.num_rows
-    rest = _fresh(table.slice(start))
-    return rest.to_batches(), rest.num_rows
-
-
-def _fresh(table: pa.Table) -> pa.Table:
-    """Copy a slice, so that its lists begin at 0 and nothing larger is kept alive by it."""
-    return table.take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
-
-
-def _numbered(batch: pa.RecordBatch, tombstones: frozenset[str], names: Mapping[str, _Names]) -> pa.RecordBatch:
-    live = pc.fill_null(pc.equal(batch.column("status"), "sample"), False)
-    if tombstones:
-        live = pc.and_not(live, pc.is_in(batch.column("uid"), pa.array(sorted(tombstones), pa.string())))
-    kept = batch.filter(live)
-    try:
-        arrays = {
-            "source": _numbers(kept, ("source",), names["sources"]),
-            "shard": _numbers(kept, ("shard_sha256", "shard_bytes"), names["shards"]),
-            "layout": _numbers(kept, ("planes", "codecs"), names["layouts"]),
-        }
-        out = [pa.array(arrays[f.name], f.type) if f.name in arrays else kept.column(f.name).cast(f.type)
-               for f in _SCHEMA]  # fmt: skip
-        made = pa.RecordBatch.from_arrays(out, schema=_SCHEMA)
-        _check(made, names["layouts"])
-    except (TypeError, pa.ArrowException) as error:
-        raise DamagedDataError(f"manifest holds a sample without a usable member index: {error}") from None
-    return made
-
-
-def _numbers(batch: pa.RecordBatch, columns: Sequence[str], names: _Names) -> NDArray[np.int64]:
-    """Return the number of each row's value in these columns; only values that differ become Python objects.
-
-    Raises:
-        TypeError: where a value is missing.
-    """
-    texts = []
-    for name in columns:
-        column = batch.column(name)
-        if column.null_count:
-            raise TypeError(f"{column.null_count} of its rows have no {name}")
-        texts.append(pc.binary_join(column, "\0") if pa.types.is_list(column.type) else column.cast(pa.string()))
-    codes = pc.binary_join_element_wise(*texts, "\1").dictionary_encode().indices.to_numpy()
-    _, firsts = np.unique(codes, return_index=True)
-    numbers = np.zeros(len(firsts), np.int64)
-    for row in np.sort(firsts).tolist():
-        value = tuple(tuple(x) if isinstance(x, list) else x for x in (batch.column(n)[row].as_py() for n in columns))
-        numbers[codes[row]] = names.number(value if len(columns) > 1 else value[0])
-    return np.asarray(numbers[codes], np.int64)
-
-
-def _check(batch: pa.RecordBatch, layouts: _Names) -> None:
-    widths = np.array([len(planes) for planes, _ in layouts.numbers], np.int64)
-    if not batch.num_rows:
-        return
-    wanted = 1 + batch.column("num_views").to_numpy() * widths[batch.column("layout").to_numpy()]
-    for name in ("lengths", "crc32s"):
-        found = np.diff(batch.column(name).offsets.to_numpy())
-        if (found != wanted).any():
-            row = int(np.flatnonzero(found != wanted)[0])
-            raise DamagedDataError(
-                f"manifest: sample {batch.column('key')[row].as_py()} has {found[row]} {name}; its views need "
-                f"{wanted[row]}"
-            )

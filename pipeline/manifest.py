@@ -46,6 +46,7 @@ from pipeline.receipt import ROWS, VOLATILE, Receipt, load
 from pipeline.spec import AdmissionSpec, DatasetSpec
 from pipeline.store import Store, StoreError
 from pipeline.types import FailureKind, UserError
+from pipeline.version_record import manifest_key
 
 STABLE = pa.schema([field for field in ROWS if field.name not in VOLATILE] + [pa.field("heldout", pa.bool_())])
 READ_THREADS = 16
@@ -97,11 +98,6 @@ class ContradictionError(UserError):
     def __init__(self, row: Mapping[str, Any], how: str) -> None:
         super().__init__(f"asset {row['uid']!r} of source {row['source']} {how}")
         self.source, self.uid = str(row["source"]), str(row["uid"])
-
-
-def manifest_key(sha256: str) -> str:
-    """Return the key of a manifest in a corpus."""
-    return f"manifests/{sha256}.parquet"
 
 
 def load_receipts(store: Store, plan_ids: Sequence[str]) -> list[Receipt]:

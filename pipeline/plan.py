@@ -29,8 +29,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import SCHEMA
+from pipeline.canonical import check_schema, digest_json
 from pipeline.sample import asset_row
-from pipeline.spec import DatasetSpec, digest_json
+from pipeline.spec import DatasetSpec
 from pipeline.store import Outcome, Store
 from pipeline.types import Asset, UserError
 
@@ -325,15 +326,6 @@ def from_parquet(data: bytes, plan_set_id: str, where: str) -> PlanSet:
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         text = str(error).split("\n", 1)[0]
         raise UserError(f"{what} is damaged ({text}); restore it, or render into another CORPUS") from None
-
-
-def check_schema(found: object, where: str, what: str) -> None:
-    """Raise UserError unless a stored thing was written under the schema that this code reads."""
-    if str(found) != str(SCHEMA):
-        raise UserError(
-            f"corpus {where}: {what} has schema {found!r}, this code reads schema {SCHEMA}; "
-            "use the release that wrote it, or another CORPUS"
-        )
 
 
 def parse_shards(text: str, num_shards: int) -> list[int]:

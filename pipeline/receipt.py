@@ -29,10 +29,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import SCHEMA
-from pipeline.plan import ShardPlan, check_schema
+from pipeline.canonical import canonical_json, check_schema
+from pipeline.plan import ShardPlan
 from pipeline.sample import SampleError, asset_row
 from pipeline.shard import DamagedDataError, MemberIndex, Shard, shard_key, write_shard
-from pipeline.spec import canonical_json
 from pipeline.store import Outcome, Store, StoreError
 from pipeline.types import Failure, Sample, UserError
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import SCHEMA
+from pipeline.canonical import canonical_json
 from pipeline.sniff import IMAGE_HEAD_BYTES, image_size
-from pipeline.spec import canonical_json
 from pipeline.types import Asset, Camera, Normalization, Plane, PlaneName, Sample
 
 MAX_JSON_BYTES = 4 * 2**20

@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.canonical import digest_json
 from pipeline.phash import MAX_DISTANCE
-from pipeline.types import PlaneName, UserError
+from pipeline.types import CAPTURE_SOURCES, PlaneName, UserError
 
 MIN_GPU_SHARE = 0.01
 """Least share of a GPU that a task may ask for: a hundred Blenders hold more memory than any GPU has."""
@@ -99,8 +100,6 @@ class ColmapSource(BaseModel):
 Source = Annotated[
     ProceduralSource | DirectorySource | ObjaverseSource | MvimgnetSource | ColmapSource, Field(discriminator="kind")
 ]
-CAPTURE_SOURCES = ("mvimgnet", "colmap")
-"""Kinds of source whose assets are photographed, not rendered: `[capture]` is their pixel part, not `[render]`."""
 
 
 class RenderSpec(BaseModel):
@@ -439,16 +438,6 @@ def split_command(command: str) -> list[str]:
     if not any("{image}" in word for word in words[1:]) or not any("{mask}" in word for word in words[1:]):
         raise ValueError(f"mask_command {command!r}: it must be rembg, or a program and {{image}} and {{mask}}")
     return words
-
-
-def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
-
-
-def digest_json(value: Any) -> str:
-    """Return the sha256 of the canonical JSON of a value, in hex."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> DatasetSpec:

@@ -52,7 +52,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, MemoryStore
 
-from pipeline import folder, uploads
+from pipeline import folder
 from pipeline.backends import open_backend, short_error, shown_url
 from pipeline.types import UserError
 
@@ -315,6 +315,8 @@ class Store:
         Raises:
             StoreError: if it cannot be listed or removed.
         """
+        from pipeline import uploads  # its HTTP client takes 24 ms to load, and no reader needs it
+
         old = time.time() - older_than_s
         found = [item for item in self.list(_PROBE) if item.modified_s <= old]
         try:

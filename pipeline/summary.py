@@ -34,9 +34,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import receipt
-from pipeline.plan import check_schema, plan_key
+from pipeline.canonical import canonical_json, check_schema
+from pipeline.plan import plan_key
 from pipeline.receipt import NodeWork, Tally, Work
-from pipeline.spec import canonical_json
 from pipeline.store import ObjectInfo, Store, StoreError
 from pipeline.types import UserError
 

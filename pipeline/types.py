@@ -26,6 +26,8 @@ MAX_LOG_TAIL_CHARS = 4000
 
 PlaneName = Literal["rgba", "depth", "normal", "albedo"]
 Codec = Literal["webp", "png", "jpg"]
+CAPTURE_SOURCES = ("mvimgnet", "colmap")
+"""Kinds of source whose assets are photographed, not rendered: `[capture]` is their pixel part, not `[render]`."""
 
 
 class UserError(ValueError):

@@ -21,8 +21,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,112 +30,58 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import SCHEMA, manifest, plan, redistribution, verify
+from pipeline.canonical import canonical_json, digest_json
 from pipeline.listing import Listing, last_of_each
-from pipeline.plan import PlanSet, check_schema
+from pipeline.plan import PlanSet
 from pipeline.quality import Refusal
 from pipeline.redistribution import redistributable, refuse_public
 from pipeline.shard import shard_key
-from pipeline.spec import DatasetSpec, canonical_json, digest_json, spec_of_json
+from pipeline.spec import DatasetSpec, spec_of_json
 from pipeline.store import Outcome, Store
 from pipeline.types import FailureKind, UserError
+from pipeline.version_record import (
+    NOT_IN_DIGEST,
+    Version,
+    latest_number,
+    list_key,
+    manifest_key,
+    open_version,
+    parse_version,
+    shards_of,
+    version_key,
+)
+
+__all__ = [
+    "NOT_IN_DIGEST",
+    "Draft",
+    "Version",
+    "code_commit",
+    "latest_number",
+    "list_key",
+    "manifest_key",
+    "mark_public",
+    "open_rows",
+    "open_version",
+    "parse_version",
+    "plan_sets",
+    "plans_of",
+    "publish",
+    "repoint",
+    "rules_note",
+    "same_body",
+    "shards_of",
+    "tombstone",
+    "verify_version",
+    "version_key",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-MAX_VERSION_BYTES = 64 * 2**20
-_NOT_IN_DIGEST = ("number", "digest", "parent", "code_commit", "created_at")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
-    """A published version. `digest` covers what a reader sees: equal digests mean equal data."""
-
-    number: int
-    digest: str
-    manifest_sha256: str
-    manifest_bytes: int
-    parent: int | None
-    tombstones: frozenset[str]
-    counts: Mapping[str, Any]
-    record: Mapping[str, Any]
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """The spec that the version was published under."""
-        return DatasetSpec.model_validate(self.record["spec"])
-
-
-def version_key(number: int) -> str:
-    """Return the key of a version in a corpus."""
-    return f"versions/{number:06d}.json"
-
-
-def parse_version(text: str) -> int | None:
-    """Return a version number as the command lines take it, or None for "latest"."""
-    if text == "latest":
-        return None
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 10**6:
-        raise UserError(f"VERSION={text}: expected a number from 1, or latest")
-    return int(text)
-
-
-def latest_number(store: Store) -> int:
-    """Return the number of the newest version, 0 if there is none, with O(log n) requests and no listing."""
-    if store.size(version_key(1)) is None:
-        return 0
-    low, high = 1, 2
-    while store.size(version_key(high)) is not None:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if store.size(version_key(middle)) is not None:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def open_version(store: Store, number: int | None = None) -> Version:
-    """Read a version; None takes the newest.
-
-    Raises:
-        UserError: if there is none, or it was written under another schema.
-    """
-    if number is None:
-        number = latest_number(store)
-        if number == 0:
-            raise UserError(f"corpus {store.url}: no version is published yet; run `make publish CORPUS={store.url}`")
-    try:
-        record = json.loads(store.get(version_key(number), MAX_VERSION_BYTES))
-    except FileNotFoundError:
-        newest = latest_number(store)
-        raise UserError(f"corpus {store.url}: there is no version {number}; versions 1 to {newest} exist") from None
-    except ValueError as error:
-        raise UserError(f"corpus {store.url}: version {number} is not readable: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"corpus {store.url}: version {number} is not a JSON object")
-    check_schema(record.get("schema"), store.url, f"version {number}")
-    body = {name: value for name, value in record.items() if name not in _NOT_IN_DIGEST}
-    if record.get("digest") != digest_json(body):
-        raise UserError(f"corpus {store.url}: version {number} does not match its digest; restore its file")
-    try:
-        return Version(
-            number=number,
-            digest=str(record["digest"]),
-            manifest_sha256=str(record["manifest"]["sha256"]),
-            manifest_bytes=int(record["manifest"]["num_bytes"]),
-            parent=record["parent"],
-            tombstones=frozenset(record["tombstones"]),
-            counts=dict(record["counts"]),
-            record=record,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"corpus {store.url}: version {number} is malformed: {error!r}") from None
 
 
 def open_rows(store: Store, version: Version, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the manifest of a version, or some columns of it, checked against its digest."""
     try:
-        data = store.get(manifest.manifest_key(version.manifest_sha256))
+        data = store.get(manifest_key(version.manifest_sha256))
     except FileNotFoundError:
         raise UserError(
             f"corpus {store.url}: the manifest of version {version.number} is missing; restore it"
@@ -144,20 +89,6 @@ def open_rows(store: Store, version: Version, columns: Sequence[str] | None = No
     if len(data) != version.manifest_bytes or hashlib.sha256(data).hexdigest() != version.manifest_sha256:
         raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
     return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
-
-
-def shards_of(store: Store, number: int) -> list[str]:
-    """Return the digests of a version's shards, by its list for plain readers; a missing list names none."""
-    try:
-        lines = store.get(list_key(number)).decode().split()
-    except FileNotFoundError:
-        return []
-    return [line.removeprefix("shards/").removesuffix(".tar") for line in lines]
-
-
-def list_key(number: int) -> str:
-    """Return the key of the list of shards beside a version."""
-    return f"versions/{number:06d}.shards.txt"
 
 
 def plan_sets(store: Store) -> list[PlanSet]:
@@ -324,7 +255,7 @@ Draft = tuple[dict[str, Any], pa.Table, frozenset[str]]
 
 def same_body(version: Version) -> dict[str, Any]:
     """Return what a version says besides its number, manifest and tombstones."""
-    left_out = (*_NOT_IN_DIGEST, "manifest", "tombstones")
+    left_out = (*NOT_IN_DIGEST, "manifest", "tombstones")
     return {name: value for name, value in version.record.items() if name not in left_out}
 
 

@@ -26,10 +26,10 @@ import pytest
 from lrm.data import view_loader
 from lrm.loader import LoaderOptions
 from pipeline import receipt, version
+from pipeline.canonical import digest_json
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.sample import SampleError, decode_rgba
 from pipeline.shard import BLOCK, shard_key
-from pipeline.spec import digest_json
 from pipeline.store import Store, StoreError, open_store
 from pipeline.types import Plane, Sample, UserError, View
 from tests import corpora
@@ -178,7 +178,7 @@ def forge_version(store: Store, change: Callable[[dict[str, Any]], None]) -> Non
     key = version.version_key(1)
     record: dict[str, Any] = json.loads(store.get(key))
     change(record)
-    body = {name: value for name, value in record.items() if name not in version._NOT_IN_DIGEST}
+    body = {name: value for name, value in record.items() if name not in version.NOT_IN_DIGEST}
     record["digest"] = digest_json(body)
     path = Path(store.url.removeprefix("file://")) / key
     path.chmod(0o644)

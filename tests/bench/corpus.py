@@ -47,9 +47,10 @@ import pyarrow.parquet as pq
 from jobs.status import corpus_status
 from pipeline import SCHEMA, diff, manifest, rebuild, receipt, version
 from pipeline import plan as plans
+from pipeline.canonical import canonical_json
 from pipeline.listing import Listing
 from pipeline.reader import VersionReader
-from pipeline.spec import DatasetSpec, ProceduralSource, canonical_json
+from pipeline.spec import DatasetSpec, ProceduralSource
 from pipeline.store import Store, open_store
 from pipeline.types import Asset, Plane, View
 from tests.conftest import make_sample

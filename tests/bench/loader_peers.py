@@ -200,6 +200,10 @@ def _streaming(setting: Setting, decoder: str) -> Iterator[Any]:
         more = {"remote": f"{setting.remote}/streaming", "local": str(setting.scratch / "streaming")}
     streaming.base.util.clean_stale_shared_memory()
     dataset = Dataset(shuffle=True, batch_size=BATCH, num_canonical_nodes=1, **more)
+    for stream in dataset.streams:
+        # Its S3 client holds a connection since it read the index. Forked workers would share it and read each other's
+        # answers: wrong bytes, or none until its time-out of 60 s.
+        stream._downloader.clean_up()
     while True:
         yield from torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=WORKERS)
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.canonical import digest_json
 from pipeline.sample import premultiplied_linear_to_rgba8
-from pipeline.spec import RenderSpec, digest_json
+from pipeline.spec import RenderSpec
 from pipeline.types import derive_seed
 from render import producer
 from tests.bench.assets import BenchAsset, bench_assets, cache_dir

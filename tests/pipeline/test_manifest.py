@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import manifest, receipt, version
+from pipeline.canonical import canonical_json
 from pipeline.diff import same_contents
 from pipeline.listing import Listing, last_of_each
 from pipeline.plan import assets_table
 from pipeline.quality import judge
-from pipeline.spec import AdmissionSpec, canonical_json
+from pipeline.spec import AdmissionSpec
 from pipeline.store import open_store
 from pipeline.types import FailureKind
 from tests.conftest import make_asset

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from pipeline import plan as plans
 from pipeline import receipt, uploads, version
+from pipeline.canonical import canonical_json, digest_json
 from pipeline.reader import DamagedDataError
 from pipeline.shard import BLOCK, MemberIndex, verify_shard, write_shard
-from pipeline.spec import canonical_json, digest_json
 from pipeline.store import Store, StoreError, open_store
 from pipeline.types import UserError
 from tests import corpora
@@ -238,7 +238,7 @@ def test_any_version_record_is_a_typed_error_or_valid(tmp_path: Path, corpus: St
                 target = data.draw(st.sampled_from(inner))
         target[data.draw(st.sampled_from(sorted(target)))] = data.draw(odd_values)
         if change == "signed":
-            body = {name: value for name, value in record.items() if name not in version._NOT_IN_DIGEST}
+            body = {name: value for name, value in record.items() if name not in version.NOT_IN_DIGEST}
             try:
                 record["digest"] = digest_json(body)
             except ValueError:  # NaN has no canonical form

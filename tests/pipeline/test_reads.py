@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import shard_reads
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.receipt import member_index
-from pipeline.shard_reads import join_spans
-from pipeline.store import StoreError
+from pipeline.shard_reads import FIRST_REQUESTS, GAP_SHARE, MAX_REQUESTS, MIN_GAP_BYTES, RemoteReads, join_spans
+from pipeline.store import StoreError, open_store
 from pipeline.types import UserError
 from tests.lrm.conftest import build_corpus
 
@@ -28,13 +30,19 @@ class WebServer(ThreadingHTTPServer):
     """A static file server with ranges, as nginx or a CDN is one, that can answer slowly or cut a body."""
 
     daemon_threads = True
+    request_queue_size = 256
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.log: list[tuple[str, str, str]] = []
         self.slow: dict[str, float] = {}  # seconds the first request of a range of a shard takes
+        self.gate = threading.Event()  # ranges of a shard are answered while it is set
+        self.gate.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: clients hang up."""
 
     @property
     def url(self) -> str:
@@ -62,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", asked):
             start, end = int(found[1]), min(int(found[2]), total - 1)
             status, data = (206, data[start : end + 1]) if start < total else (416, b"")
+        if asked:
+            self.server.gate.wait(30)
         if asked and self.server.slow:
             time.sleep(self.server.slow.pop(asked, 0.0) or self.server.slow.pop("any", 0.0))
         self.send_response(status)
@@ -109,8 +119,6 @@ def test_a_version_is_read_from_a_plain_web_server_without_listing(server: WebSe
 
 
 def test_a_web_server_is_never_written(server: WebServer) -> None:
-    from pipeline.store import open_store
-
     with pytest.raises(UserError, match="cannot be reached or written"):
         open_store(server.url).probe()
 
@@ -148,6 +156,76 @@ def test_a_cut_shard_on_a_server_is_damage_and_an_unreachable_server_is_not(tmp_
     web.server_close()
 
 
+def test_a_sample_is_asked_for_by_its_joined_spans_and_nothing_else(server: WebServer) -> None:
+    """The store's client would bridge gaps of up to a MiB by itself: the whole sample, for two views of six."""
+    reader = VersionReader.open(server.url)
+    for row in range(len(reader)):
+        request = reader.request(row, [4, 1])
+        starts, lengths = [p.start for p in request.parts], [p.length for p in request.parts]
+        spans = join_spans(starts, lengths, max(MIN_GAP_BYTES, int(GAP_SHARE * sum(lengths))))
+        del server.log[:]
+        before = reader.stats.num_wire_bytes
+        reader.read_views(row, [4, 1])
+        asked = sorted(header for _, path, header in server.log if "shards/" in path)
+        assert asked == sorted(f"bytes={start}-{end - 1}" for start, end in spans)
+        assert len(spans) > 1
+        assert reader.stats.num_wire_bytes - before == sum(end - start for start, end in spans)
+    reader.close()
+
+
+def test_few_requests_are_sent_before_the_first_answer_and_all_that_are_allowed_after(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_reads, "MIN_HEDGE_S", 60.0)
+    reader = VersionReader.open(server.url)
+    requests = [reader.request(row % len(reader), [4, 1]) for row in range(90)]
+    for most in (FIRST_REQUESTS, MAX_REQUESTS):
+        server.gate.clear()
+        del server.log[:]
+        futures = [reader.fetch(request) for request in requests]
+        deadline = time.monotonic() + 20
+        while len(server.log) < most - 2 and time.monotonic() < deadline:  # a sample has up to three spans
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert most - 2 <= len(server.log) <= most
+        server.gate.set()
+        for request, future in zip(requests, futures):
+            assert len(reader.collect(request, future).planes) == 2
+    reader.close()
+
+
+def test_a_read_of_more_spans_than_requests_are_allowed_is_sent_all_the_same(server: WebServer) -> None:
+    reads = RemoteReads(open_store(server.url), max_requests=1)
+    reader = VersionReader.open(server.url)
+    request = reader.request(2, [0, 2, 4])
+    shard = reader.shard(int(reader.index.shard[2]))
+    futures = [reads.submit(shard, [p.start for p in request.parts], [p.length for p in request.parts]) for _ in "ab"]
+    for future in futures:
+        assert [len(part) for part in future.result(20)] == [part.length for part in request.parts]
+    reads.close()
+
+
+def test_what_the_client_refuses_to_ask_for_is_an_error_and_no_wait(server: WebServer) -> None:
+    reader = VersionReader.open(server.url)
+    with pytest.raises(ValueError, match="Invalid range"):
+        reader.reads.submit(reader.shard(0), [10], [0]).result(10)
+    assert len(reader.read_views(0, [1]).planes) == 1, "the loop goes on"
+    reader.close()
+
+
+def test_closing_ends_the_wait_for_what_was_sent_and_what_was_not(server: WebServer) -> None:
+    reader = VersionReader.open(server.url)
+    len(reader)
+    server.gate.clear()
+    futures = [reader.fetch(reader.request(row % len(reader), [4, 1])) for row in range(60)]
+    time.sleep(0.2)
+    reader.close()
+    server.gate.set()
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result(5)
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), min_size=1, max_size=8), st.integers(0, 30))
 def test_joined_spans_cover_the_ranges_and_bridge_small_gaps_alone(ranges: list[tuple[int, int]], gap: int) -> None:
@@ -179,7 +257,7 @@ MILLION = """
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
-from pipeline.index import _SCHEMA, _NEEDED, SampleIndex, write_index
+from pipeline.index_making import _NEEDED, write_index
 NUM, STEP = 1_000_000, 50_000
 
 def batches():
@@ -231,3 +309,19 @@ def test_a_million_objects_cost_a_process_little_memory(tmp_path: Path) -> None:
         num, different, _, resident = map(int, process.communicate(timeout=120)[0].split())
         assert (num, different) == (1_000_000, 5000)
         assert resident < 150e6
+
+
+OPEN = """
+import sys
+from lrm.data import view_loader
+with view_loader(sys.argv[1], num_views=2, image_px=64, batch_size=2) as loader:
+    next(loader)
+heavy = {"pyarrow.compute", "pyarrow.parquet", "pydantic", "urllib3", "pipeline.manifest", "pipeline.spec"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_reading_loads_no_code_that_makes_versions(corpus: Path) -> None:
+    len(VersionReader.open(str(corpus)))  # the node's index is made
+    done = subprocess.run([sys.executable, "-c", OPEN, str(corpus)], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
