@@ -24,7 +24,7 @@ from tests.cluster.observer import undisturbed
 from tests.cluster.ray_nodes import RayCluster, ray_cluster
 
 pytestmark = pytest.mark.cluster
-OBJECTS, PER_SHARD = 96, 4
+OBJECTS, PER_SHARD = 144, 4
 RAYLET = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
 
 
@@ -143,7 +143,7 @@ def test_a_node_with_another_blender_or_a_clock_that_is_off_is_named_at_start(cl
 
 
 def test_a_stale_node_that_joins_later_ends_the_run_by_name(cluster: RayCluster) -> None:
-    spec = write_spec(cluster.network.folder, "joined", OBJECTS)
+    spec = write_spec(cluster.network.folder, "joined", 96)
     driver = cluster.start_driver("render", "--spec", str(spec), "--corpus", cluster.url("joined"), log="joined.log")
     cluster.wait_for_receipts(cluster.url("joined"), 1, driver, "joined.log")
     with other_node(cluster, "joiner", "", "bpy==4.5.98"):
