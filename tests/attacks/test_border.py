@@ -134,9 +134,14 @@ ALLOWED = ["thread", "pair", "executable_memory"]
 
 
 def ask_as(
-    user: int | None, sandbox: str, folder: Path, asked: list[list[Any]], programs: Sequence[str] = ()
+    user: int | None,
+    sandbox: str,
+    folder: Path,
+    asked: list[list[Any]],
+    programs: Sequence[str] = (),
+    pod: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Put attempts to a probe that this user runs; None is ourselves."""
+    """Put attempts to a probe that this user runs, under a pod's profile if one is given; None is ourselves."""
     python, options = sys.executable, {}
     if user is not None:
         python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or ""
@@ -145,8 +150,10 @@ def ask_as(
         new_enough = "import sys; sys.exit(sys.version_info < (3, 11))"
         if not python or subprocess.run([python, "-c", new_enough], check=False).returncode:
             pytest.skip("no Python 3.11 that an ordinary user can run")
+    around = (python, "-P", "-m", "tests.attacks.pod", *pod) if pod else ()
     done = subprocess.run(
-        [python, "-P", "-m", "tests.attacks.ask", sandbox, str(folder), *programs], input=json.dumps(asked), text=True,
+        [*around, python, "-P", "-m", "tests.attacks.ask", sandbox, str(folder), *programs],
+        input=json.dumps(asked), text=True,
         stdout=subprocess.PIPE, check=True, timeout=60, cwd="/", env={"PYTHONPATH": str(ROOT)}, **options,
     )  # fmt: skip
     return json.loads(done.stdout)
