@@ -87,6 +87,7 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
             _ingest(line, request, json.loads(names), ingest)
     except AssetError as error:
         kind, message = error.kind.value, error.message
+        print(error.log_tail, file=sys.stderr)  # of what we print the tail is the row's
     except UserError as error:
         kind, message = "user", str(error)
     except MemoryError:
