@@ -116,12 +116,12 @@ def test_a_node_that_waits_for_room_is_counted_for_whoever_is_on_call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gauges: dict[str, float] = {}
-    monkeypatch.setattr(watch, "RunMetrics", lambda: type("Noted", (), {"set": staticmethod(noted)})())
-    monkeypatch.setattr(watch, "TICK_S", 0.0)
 
     def noted(name: str, value: float, **labels: str) -> None:
         gauges[name] = value
 
+    monkeypatch.setattr(watch, "RunMetrics", type("Noted", (), {"set": staticmethod(noted)}))
+    monkeypatch.setattr(watch, "TICK_S", 0.0)
     one = watch.Watch(make_spec(), open_store("memory://"), [], planned=9, done=0, nodes=["n1", "n2"], plan_sets=[])
     for told, waiting in (({"full": "/tmp has 1 MiB free"}, 1), ({"full": "/tmp has 1 MiB free"}, 1), ({}, 0)):
         assert one.full({"node": "n1"} | told) is bool(told)
