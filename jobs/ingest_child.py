@@ -29,7 +29,7 @@ from typing import Any
 from pipeline.capture import CaptureFiles
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, FailureKind, Sample, UserError
-from render import confine, wire
+from render import wire
 
 MAX_REQUEST_BYTES = 2**31 - 1
 Ingest = Callable[[CaptureFiles, Asset, DatasetSpec, str], Sample]
@@ -94,8 +94,7 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
         kind, message = FailureKind.OUT_OF_MEMORY.value, "Python could not get memory"
     except Exception as error:  # noqa: BLE001 - any fault must become a reply, or the supervisor would wait in vain
         traceback.print_exc()
-        full = confine.full_disk(error)
-        kind, message = ("user", full) if full else (FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}")
+        kind, message = FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}"
     else:
         return
     sys.stdout.flush()

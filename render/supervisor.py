@@ -34,6 +34,7 @@ _RECYCLE_MEMORY_SHARE = 0.5
 # What a program makes of a write that fails, when it makes anything of it.
 _OF_A_FULL_DISK = (
     FailureKind.INTERNAL, FailureKind.IMPORT_ERROR, FailureKind.MISSING_TEXTURE, FailureKind.RENDER_CRASH,
+    FailureKind.INGEST_CRASH,
 )  # fmt: skip
 _ROOM_BYTES = 2**16
 _OWN_FAULT_SHARE = 0.5
