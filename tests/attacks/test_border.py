@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 
 from jobs import produce
-from pipeline.types import UserError
+from pipeline.sources import list_assets
+from pipeline.types import Failure, FailureKind, UserError
 from render import confine, landlock
 from render.process import child_command, family
 from render.trial import BorderTrial
@@ -295,6 +296,25 @@ def test_the_border_is_tried_before_a_plan_is_frozen(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="network namespaces"):
         produce.check_device(make_spec(), "f")
     produce.check_device(make_spec(workers={"sandbox": "basic"}), "f")
+
+
+@pytest.mark.blender
+def test_a_row_names_the_border_only_if_a_child_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "empty.obj").write_text("o nothing\nv 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n")
+    (tmp_path / "page.glb").write_text("<html>not found</html>")
+    spec = make_spec(source={"kind": "directory", "path": str(tmp_path)}, workers={"num_cpus": 1})
+    rows = {}
+    try:
+        for asset in list_assets(spec):
+            failure = produce.render_asset(spec, "f", asset)
+            assert isinstance(failure, Failure)
+            rows[failure.kind] = failure.provenance.get("sandbox")
+    finally:
+        produce.close_worker()
+    assert rows == {
+        FailureKind.DEGENERATE_GEOMETRY: "strict: limits,user,net,ipc,pid,caps,landlock,seccomp",
+        FailureKind.NOT_AN_ASSET: None,
+    }
 
 
 def test_each_layer_that_lacks_is_named() -> None:
