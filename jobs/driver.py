@@ -6,10 +6,10 @@ whose worker dies `limits.max_attempts` times becomes a Failure of kind `quarant
 
 Nodes come and go. The driver looks every NODES_EVERY_S seconds: a new node widens the window of objects in flight; with
 a dead one go the results that lay on it, and these objects alone are made again. The loss of a node is not held against
-an object as the death of its worker is, up to MAX_NODE_LOSSES. What takes several times as long as others is late: it
-is sent once more, the first result counts, and it no longer takes the place of another object. A node that is slow, or
-was cut off (Ray may wait minutes for what it sent there, even once it knows the node to be dead), so holds neither a
-shard nor the run.
+an object as the death of its worker is, up to MAX_NODE_LOSSES; nor is what Ray ends for want of memory on its node.
+What takes several times as long as others is late: it is sent once more, the first result counts, and it no longer
+takes the place of another object. A node that is slow, or was cut off (Ray may wait minutes for what it sent there,
+even once it knows the node to be dead), so holds neither a shard nor the run.
 
 Results wait in Ray's object store until their shard is assembled. Where they fill half of it, only the shard that is
 first in line gets more objects, so that the store is bounded by that half and one shard. Assembly reserves no CPU: it
@@ -31,7 +31,7 @@ import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 from tqdm import tqdm
 
-from jobs.nodes import agree, count_slots, living
+from jobs.nodes import NodeFacts, agree, count_slots, living, skew
 from jobs.produce import Producer
 from jobs.watch import Watch, watched
 from pipeline import receipt
@@ -147,7 +147,7 @@ def _make(
     """Return (what the driver needs to know, the result itself) of one object."""
     agree(wanted)
     status, result = watched(produce, spec, fingerprint, asset)
-    return status | {"node_id": ray.get_runtime_context().get_node_id()}, result
+    return status | {"node_id": ray.get_runtime_context().get_node_id(), "clock_s": time.time()}, result
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
@@ -158,6 +158,15 @@ def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Samp
         return receipt.tally_of(receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[0])
     finally:
         scratch.close()
+
+
+def blames_node(error: BaseException) -> bool:
+    """Whether an error tells of the node that a task ran on, and nothing of the task.
+
+    Ray's memory monitor is among them: it ends the newest task of a full node, whoever filled it. An object that is
+    itself too large is found out by its supervisor (`limits.memory_bytes`), and typed.
+    """
+    return isinstance(error, NodeDiedError | OutOfMemoryError)
 
 
 class Driver:
@@ -175,6 +184,7 @@ class Driver:
         wanted: Mapping[str, str],
     ) -> None:
         self.spec, self.store, self.summary, self.bar, self.watch = spec, store, summary, bar, watch
+        self.is_joined = bool(wanted)
         self.given = tuple(ray.put(value) for value in (produce, spec, fingerprint, dict(wanted)))
         # One name for all: Ray keeps counters by name, 5 KB for each, for as long as the driver lives.
         self.options = {
@@ -191,6 +201,7 @@ class Driver:
         self.kinds: Counter[str] = Counter(summary.failures)
         self.lasted: deque[float] = deque(maxlen=200)  # seconds from sent to done, of the last objects
         self.stored: deque[float] = deque(maxlen=50)  # and of the last assemblies
+        self.said_out_of_memory, self.clocks = False, set[str]()  # nodes whose clock is known to be right
         self.lost_s = -math.inf  # when a node was last found to be gone
         self.recent_deaths: list[tuple[float, str]] = []
         self.nodes: set[str] = set()
@@ -328,6 +339,7 @@ class Driver:
         except RayError as error:
             self._died(task, error)
             return
+        self._check_clock(task, status)
         if uid in shard.results or self.open.get(shard.plan.plan_id) is not shard:
             return  # the other one of two was first
         if self.watch.full(status):
@@ -338,6 +350,17 @@ class Driver:
         self.lasted.append(time.monotonic() - task.sent_s)
         self.held_bytes += status["bytes"]
         self._count(status)
+
+    def _check_clock(self, task: _Task, status: Mapping[str, Any]) -> None:
+        """Raise UserError if the clock of a node is off that has made its first object: it may have come later."""
+        node_id, now = status["node_id"], time.time()
+        if not self.is_joined or node_id in self.clocks:
+            return
+        theirs = NodeFacts(host=status["node"], versions={}, clock_s=status["clock_s"])
+        line = skew(theirs, now - (time.monotonic() - task.sent_s), now, status["node"])
+        if line is not None:
+            raise UserError(line)
+        self.clocks.add(node_id)
 
     def _count(self, status: Mapping[str, Any]) -> None:
         self.summary.views_rendered += status["views"]
@@ -352,7 +375,9 @@ class Driver:
             raise UserError(str(error.cause)) from None
         shard, asset = task.shard, task.asset
         self.watch.died(asset, error)
-        with_node = isinstance(error, NodeDiedError)
+        with_node = blames_node(error)
+        if isinstance(error, OutOfMemoryError):
+            self._say_out_of_memory(error)
         counts = self.losses if with_node else self.deaths
         counts[asset.uid] += 1
         if asset.uid in shard.results or any(other.asset is asset for other in self.making.values()):
@@ -363,6 +388,18 @@ class Driver:
             shard.waiting.append(asset)
             return
         self._quarantine(shard, asset, error, counts[asset.uid])
+
+    def _say_out_of_memory(self, error: RayError) -> None:
+        """Say once what to do where Ray ends tasks because their node has no memory left."""
+        if not self.said_out_of_memory:
+            workers, limits = self.spec.task_memory_bytes / 2**20, self.spec.limits.memory_bytes / 2**20
+            tqdm.write(
+                f"a node ran out of memory and Ray ended a task on it; its object is made again. A task reserves "
+                f"{workers:.0f} MiB (workers.memory_bytes), and its child may hold {limits:.0f} MiB "
+                f"(limits.memory_bytes): bring them together. {str(error).strip().splitlines()[0]}",
+                file=sys.stderr,
+            )
+        self.said_out_of_memory = True
 
     def _quarantine(self, shard: _OpenShard, asset: Asset, error: RayError, times: int) -> None:
         raised = isinstance(error, RayTaskError)
@@ -403,7 +440,7 @@ class Driver:
     def _not_assembled(self, shard: _OpenShard, error: RayError) -> None:
         """Assemble again; what a node took with it is made again first."""
         cause = error.cause if isinstance(error, RayTaskError) else error
-        lost = isinstance(cause, NodeDiedError | ObjectLostError)
+        lost = blames_node(cause) or isinstance(cause, ObjectLostError)
         if lost:
             shard.losses += 1
         tries, limit = (shard.losses, MAX_NODE_LOSSES) if lost else (shard.tries, MAX_SHARD_TRIES)
@@ -417,6 +454,7 @@ class Driver:
         self.watch.retried(shard.plan, cause)
         if not lost:
             shard.tries += 1
+        if not lost or isinstance(cause, OutOfMemoryError):
             time.sleep(2.0**tries)
         num_results = len(shard.results)
         self.looked = -NODES_EVERY_S

@@ -29,7 +29,7 @@ from typing import Any
 from pipeline.capture import CaptureFiles
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, FailureKind, Sample, UserError
-from render import confine, wire
+from render import wire
 
 MAX_REQUEST_BYTES = 2**31 - 1
 Ingest = Callable[[CaptureFiles, Asset, DatasetSpec, str], Sample]
@@ -87,14 +87,14 @@ def answer(line: _Line, request: dict[str, Any], names: bytes, ingest: Ingest) -
             _ingest(line, request, json.loads(names), ingest)
     except AssetError as error:
         kind, message = error.kind.value, error.message
+        print(error.log_tail, file=sys.stderr)  # of what we print the tail is the row's
     except UserError as error:
         kind, message = "user", str(error)
     except MemoryError:
         kind, message = FailureKind.OUT_OF_MEMORY.value, "Python could not get memory"
     except Exception as error:  # noqa: BLE001 - any fault must become a reply, or the supervisor would wait in vain
         traceback.print_exc()
-        full = confine.full_disk(error)
-        kind, message = ("user", full) if full else (FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}")
+        kind, message = FailureKind.INTERNAL.value, f"{type(error).__name__}: {error}"
     else:
         return
     sys.stdout.flush()

@@ -219,7 +219,7 @@ class IngestWorker(Supervisor):
                 self._hand_over(child, job, header)
             elif kind == "view":
                 self._take_view(job, header, payload)
-            elif kind == "error" and header.get("kind") == "user":
+            elif kind == "error" and header.get("kind") == "user" and self._spec.capture.mask_command is not None:
                 raise UserError(str(header.get("message", ""))[:500])
             elif kind == "error":
                 raise self._reported(child, header)

@@ -14,7 +14,8 @@ counter, and adds labels of its own.
     ray_lrm_queue_length{queue}                   objects waiting and making; shards open, assembling and to come
     ray_lrm_objects_planned, ray_lrm_objects_done by receipts: done includes what earlier runs committed
     ray_lrm_failure_share                         share of failures among the last workers.failure_window objects
-    ray_lrm_paused                                1 while the run waits for room on a disk
+    ray_lrm_paused                                1 while the run waits for room on the disk of its corpus
+    ray_lrm_nodes_waiting                         nodes that make nothing for want of room on a disk of theirs
 
 Ray without its `[default]` extra has no exporter: the calls then go nowhere, at a few microseconds each.
 """
@@ -42,7 +43,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "lrm_objects_planned": ("objects that were asked for", ()),
     "lrm_objects_done": ("objects of committed shards", ()),
     "lrm_failure_share": ("share of failures among the last objects", ()),
-    "lrm_paused": ("1 while the run waits for room on a disk", ()),
+    "lrm_paused": ("1 while the run waits for room on the disk of its corpus", ()),
+    "lrm_nodes_waiting": ("nodes that wait for room on a disk of theirs", ()),
 }
 MAX_STAGES = 20
 

@@ -40,6 +40,7 @@ S = TypeVar("S", AssetSource, CaptureSource)
 _ASSIGNED = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 _workers: dict[str, RenderWorker | IngestWorker] = {}
+_asked: list[RenderWorker | IngestWorker] = []  # the worker of the object in hand, once it was given to it
 _sources: dict[str, AssetSource] = {}
 _captures: dict[str, CaptureSource] = {}
 
@@ -73,6 +74,7 @@ def _try(
     attempt_one: Callable[[DatasetSpec, str, Asset], Sample], spec: DatasetSpec, fingerprint: str, asset: Asset
 ) -> Sample | Failure:
     begun = time.monotonic()
+    _asked.clear()
     for attempt in range(1, spec.limits.max_attempts + 1):
         try:
             sample = attempt_one(spec, fingerprint, asset)
@@ -170,6 +172,7 @@ def _worker(kind: type[W], spec: DatasetSpec, fingerprint: str) -> W:
         close_worker()
         threads = max(1, round(spec.workers.num_cpus))
         worker = _workers[name] = kind(spec, fingerprint=fingerprint, num_threads=threads)
+    _asked[:] = [worker]
     return worker
 
 
@@ -185,8 +188,8 @@ def _where(begun: float) -> dict[str, object]:
 
 
 def _behind() -> dict[str, object]:
-    """Return what confined the child of this process, for rows of failures; nothing where none was started."""
-    used = [worker.sandbox for worker in _workers.values() if worker.sandbox]
+    """Return what confined the child that had this object, for rows of failures; nothing where none had it."""
+    used = [worker.sandbox for worker in _asked if worker.sandbox]
     return {"sandbox": used[0]} if used else {}
 
 

@@ -37,6 +37,8 @@ from render.supervisor import Supervisor
 
 ROOM_WAIT_S = 20.0
 """How long a task waits for room on its node before it gives the object back to the driver, which says so."""
+FORGET_S = 300.0
+"""After so long without a word a node no longer counts as one that waits."""
 TICK_S = 0.5
 
 _log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class Watch:
         self._heart = runs.Heart(store, {"plan_sets": list(plan_sets), "nodes": list(nodes)})
         self._to_come, self._planned, self._done = len(todo), planned, done
         self._samples, self._kinds = 0, Counter[str]()
-        self._waiting: dict[str, str] = {}  # node -> which disk of it is full
+        self._waiting: dict[str, tuple[str, float]] = {}  # node -> which disk of it is full, and when it said so
         self._full, self._ticked_s = "", -1e9
         self._last_told: tuple[str, ...] = ()
         self._counting: threading.Thread | None = None
@@ -167,6 +169,8 @@ class Watch:
             return not self._full
         self._ticked_s = now
         self._look_at_disk()
+        for node in [node for node, (_, said_s) in self._waiting.items() if now - said_s > FORGET_S]:
+            del self._waiting[node]  # gone, or given nothing to do: one that waits says so each time it is asked
         opened = list(shards)
         queues = {
             "waiting": sum(len(shard.waiting) for shard in opened), "making": making, "assembling": assembling,
@@ -176,12 +180,12 @@ class Watch:
             self._metrics.set("lrm_queue_length", length, queue=name)
         gauges = {
             "lrm_objects_planned": self._planned, "lrm_objects_done": self._done, "lrm_paused": bool(self._full),
-            "lrm_failure_share": self._failures.share,
+            "lrm_failure_share": self._failures.share, "lrm_nodes_waiting": len(self._waiting),
         }  # fmt: skip
         for name, value in gauges.items():
             self._metrics.set(name, float(value))
         state = "paused" if self._full else "running"
-        reason = self._full or "; ".join(f"{node}: {found}" for node, found in self._waiting.items())
+        reason = self._full or "; ".join(f"{node}: {found}" for node, (found, _) in self._waiting.items())
         told = {
             "state": state, "reason": reason, "making": making, "samples": self._samples,
             "failures": dict(self._kinds),
@@ -208,7 +212,7 @@ class Watch:
             return False
         if node not in self._waiting:
             _say(f"{node} waits: {told['full']}; it goes on when there is room")
-        self._waiting[node] = str(told["full"])
+        self._waiting[node] = (str(told["full"]), time.monotonic())
         return True
 
     def ended(self, told: Mapping[str, Any]) -> None:

@@ -40,13 +40,15 @@ def readable(name: str) -> str:
 
 @dataclass(slots=True)
 class Drops:
-    """The frames that gave no view, each with why."""
+    """The frames that gave no view, each with why, and what a program said of the first that it failed on."""
 
     reasons: dict[str, tuple[Fault, str]] = field(default_factory=dict)
+    log_tail: str = ""
 
-    def add(self, name: str, fault: Fault, message: str = "") -> None:
-        """Note a frame; the first reason stays."""
+    def add(self, name: str, fault: Fault, message: str = "", log_tail: str = "") -> None:
+        """Note a frame; the first reason stays, and the first tail."""
         self.reasons.setdefault(name, (fault, message))
+        self.log_tail = self.log_tail or log_tail
 
     def count(self, *faults: Fault) -> int:
         """Return how many frames were dropped for these reasons."""
@@ -85,7 +87,7 @@ def enough(num_good: int, spec: DatasetSpec, drops: Drops) -> None:
     counts = ", ".join(f"{number} {fault}" for fault, number in drops.figures()["dropped"].items())
     message = f"{num_good} good frames; {least} are required (admission.min_frames); dropped: {counts or 'none'}"
     example = drops.example(*worst[1])
-    raise AssetError(kind, f"{message}; {example}" if example else message)
+    raise AssetError(kind, f"{message}; {example}" if example else message, drops.log_tail)
 
 
 def choose_model(files: CaptureFiles) -> tuple[Model, dict[str, Any]]:

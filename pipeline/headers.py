@@ -1,12 +1,14 @@
 """Files of formats other than glTF, judged by magic, sizes and the side files that they name.
 
-Bounds: a text file is read once in blocks of 4 MiB, a container's directory within the size of the file. Nothing is
-unpacked, no XML is parsed (so no entity can expand), no number from the file is trusted for an allocation.
+Bounds: a text file is read once in blocks of 4 MiB, and so is a container's directory, which may be no longer. Nothing
+is unpacked, no XML is parsed (so no entity can expand), no number from the file is trusted for an allocation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import re
 import struct
 import zipfile
@@ -26,6 +28,7 @@ _BLOCK_BYTES = 4 << 20
 _MAX_MTL_BYTES = 16 << 20
 _MAX_PLY_HEADER_BYTES = 1 << 20
 _MAX_ZIP_ENTRIES = 10_000
+_MAX_ZIP_DIRECTORY_BYTES = 4 << 20  # 10 thousand entries with names of 300 characters
 _USD_FORMATS = ("usd", "usda", "usdc")
 # Paths stand between at-signs. Only those with a known ending count, since comments may hold mail addresses, and none
 # with <UDIM>, which stands for a number.
@@ -397,17 +400,34 @@ def _check_usda_references(path: Path) -> None:
                 raise AssetError(kind, f"{show(name)}, which the file refers to, is not beside it")
 
 
+class _DirectoryFile(io.FileIO):
+    """A file of which nobody reads more than a directory of a ZIP may take at once.
+
+    `zipfile` reads the directory in one piece and holds 400 bytes for each of its entries before it gives the first: of
+    a file of 512 MB that nothing else is in, more than 4 GB.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
+        if wanted > _MAX_ZIP_DIRECTORY_BYTES:
+            raise AssetError(
+                FailureKind.TOO_LARGE,
+                f"a ZIP archive with a directory of {wanted} bytes; at most {_MAX_ZIP_DIRECTORY_BYTES} are allowed",
+            )
+        return super().read(wanted)
+
+
 def check_usdz(path: Path, max_triangles: int) -> None:  # noqa: ARG001
     """Check a USDZ: a ZIP of stored, unencrypted entries whose names stay inside, the first a USD file.
 
     Raises:
-        AssetError: NOT_AN_ASSET, TRUNCATED, CORRUPT_FILE.
+        AssetError: NOT_AN_ASSET, TRUNCATED, CORRUPT_FILE, TOO_LARGE.
     """
     size, head = path.stat().st_size, _head(path)
     if not head.startswith(b"PK\x03\x04"):
         _not_an_asset("a USDZ archive", head)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _DirectoryFile(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             _check_entries(entries, size)
             if (bad := archive.testzip()) is not None:

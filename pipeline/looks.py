@@ -100,7 +100,7 @@ def look_at_masks(
     for frame in masked:
         observed[frame.index] = order[bounds[frame.index] : bounds[frame.index + 1]]
 
-    def look(frame: Frame) -> Look | tuple[Fault, str]:
+    def look(frame: Frame) -> Look | tuple[Fault, str, str]:
         try:
             return _look(files, model, frame, observed[frame.index], spec.capture)
         except AssetError as error:
@@ -108,7 +108,7 @@ def look_at_masks(
                 raise
             named: dict[FailureKind, Fault] = {FailureKind.NO_MASK: "no_mask", FailureKind.BAD_CAMERA: "bad_size"}
             said = error.log_tail.strip().rpartition("\n")[2][-200:]
-            return named.get(error.kind, "bad_mask"), error.message + (f": {said}" if said else "")
+            return named.get(error.kind, "bad_mask"), error.message + (f": {said}" if said else ""), error.log_tail
 
     looks = []
     for frame, found in zip(masked, each(spec, look, masked)):

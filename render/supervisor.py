@@ -10,6 +10,7 @@ import math
 import os
 import re
 import select
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from pipeline.spec import DatasetSpec
 from pipeline.types import MAX_LOG_TAIL_CHARS, AssetError, FailureKind, UserError, printable
 from render import wire
+from render.confine import full_disk
 from render.process import ChildProcess, ScratchFolder
 
 POLL_S = 0.2
@@ -29,6 +31,13 @@ MAX_BORDER_CHARS = 1000
 # The child writes below `child`, and reads what is staged for it: Landlock's rules hang on these folders, which stay.
 HOME, WORK, STAGED, STAGED_ASSET = "child/home", "child/asset", "staged", "staged/asset"
 _RECYCLE_MEMORY_SHARE = 0.5
+# What a program makes of a write that fails, when it makes anything of it.
+_OF_A_FULL_DISK = (
+    FailureKind.INTERNAL, FailureKind.IMPORT_ERROR, FailureKind.MISSING_TEXTURE, FailureKind.RENDER_CRASH,
+    FailureKind.INGEST_CRASH,
+)  # fmt: skip
+_ROOM_BYTES = 2**16
+_OWN_FAULT_SHARE = 0.5
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 
 
@@ -126,15 +135,32 @@ class Supervisor:
         try:
             yield
         except AssetError as error:
-            if error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
+            full = self._full_disk(child, error)
+            if full is not None or error.kind in (FailureKind.INTERNAL, FailureKind.OUT_OF_MEMORY):
                 self._stop_child()
             self._recycle(child)
+            if full is not None:
+                raise full from None
             raise
         except BaseException:
             # Ctrl-C, or a fault of ours in mid-conversation: what the child says next would be about this asset.
             self._stop_child()
             raise
         self._recycle(child)
+
+    def _full_disk(self, child: ChildProcess, error: AssetError) -> UserError | AssetError | None:
+        """Return what a failure really was where no room is left for the scratch folder; None where there is some.
+
+        The child's word is not taken for it: who says so could end any run. What fills half of what it may, and the
+        disk with it, has itself to thank.
+        """
+        if error.kind not in _OF_A_FULL_DISK or (full := _no_room(self._scratch.path)) is None:
+            return None
+        filled = child.disk_bytes(self._scratch.path)
+        if filled < _OWN_FAULT_SHARE * self._limits.scratch_bytes:
+            return UserError(full)
+        found = f"{self.who} filled {filled / 2**20:.0f} MiB of disk, and none was left"
+        return AssetError(FailureKind.TOO_LARGE, found, error.log_tail)
 
     def _next_word(self, deadline: float, verb: str, uid: str) -> tuple[float, str]:
         """Return until when the next reply may take, and what took longer if it does, for `_receive`."""
@@ -234,6 +260,18 @@ class Supervisor:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
+
+
+def _no_room(folder: Path) -> str | None:
+    """Return what to say where not even a small file can be written to a folder for want of room, else None."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ROOM_BYTES))
+            file.flush()
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        return full_disk(error)
+    return None
 
 
 def clean(value: Any) -> Any:

@@ -7,6 +7,7 @@ the border is tried with each. One child takes them all, under the strict border
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ import pytest
 from pipeline.admission import check_file
 from pipeline.sample import decode_rgba
 from pipeline.spec import AdmissionSpec
-from pipeline.types import MAX_MESSAGE_CHARS, AssetError, Failure, Sample, printable
+from pipeline.types import MAX_MESSAGE_CHARS, AssetError, Failure, FailureKind, Sample, printable
 from render import landlock
 from render.process import family
 from render.worker import RenderWorker
 from tests.attacks.hostile import ATTACKS, image_uri, usd
 from tests.attacks.outside import CANARY, Cage, Ear
+from tests.render.blends import write_blend
 from tests.render.conftest import asset_of, make_spec
 from tests.render.files import one_mesh_glb
 
@@ -114,6 +116,39 @@ def test_a_hostile_file_ends_typed_or_clean_and_touches_nothing_outside(scene: S
     assert scene.ear.heard == []
     child = scene.worker._child
     assert child is None or len(family(child.pid)) == 3, "the child started something"
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "ends"),
+    [
+        ("grower", {"memory_bytes": 3 * 2**28, "silence_s": 30.0}, FailureKind.OUT_OF_MEMORY),
+        ("idler", {"silence_s": 2.0}, FailureKind.RENDER_TIMEOUT),
+    ],
+)
+def test_a_file_that_eats_memory_or_time_is_cut_and_the_next_object_renders(
+    scene: Scene, tmp_path: Path, kind: str, limits: dict[str, float], ends: FailureKind
+) -> None:
+    path = write_blend(kind, tmp_path / "a.blend")
+    assert judged(path) == (None, "")
+    before = scene.cage.state()
+    with RenderWorker(make_spec(limits=limits), fingerprint="f", scratch_dir=tmp_path / "scratch") as worker:
+        worker.start()
+        assert worker._child is not None
+        pids = family(worker._child.pid)
+        assert len(pids) == 3
+        with pytest.raises(AssetError) as caught:
+            worker.render(asset_of(path), path)
+        assert caught.value.kind is ends, caught.value.message
+        assert worker.sandbox == STRICT
+        assert worker._child is None
+        until = time.monotonic() + 5
+        while (left := [pid for pid in pids if family(pid)]) and time.monotonic() < until:
+            time.sleep(0.02)  # the kernel takes a while to free a gigabyte
+        assert not left, "a process was left behind"
+        good = one_mesh_glb(tmp_path / "good.glb")
+        assert worker.render(asset_of(good), good).quality["num_triangles"] == 12
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert (scene.cage.state(), scene.ear.heard) == (before, [])
 
 
 def test_the_canary_would_be_seen(scene: Scene) -> None:

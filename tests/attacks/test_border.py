@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 
 from jobs import produce
-from pipeline.types import UserError
+from pipeline.sources import list_assets
+from pipeline.types import Failure, FailureKind, UserError
 from render import confine, landlock
 from render.process import child_command, family
 from render.trial import BorderTrial
@@ -134,9 +135,14 @@ ALLOWED = ["thread", "pair", "executable_memory"]
 
 
 def ask_as(
-    user: int | None, sandbox: str, folder: Path, asked: list[list[Any]], programs: Sequence[str] = ()
+    user: int | None,
+    sandbox: str,
+    folder: Path,
+    asked: list[list[Any]],
+    programs: Sequence[str] = (),
+    pod: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Put attempts to a probe that this user runs; None is ourselves."""
+    """Put attempts to a probe that this user runs, under a pod's profile if one is given; None is ourselves."""
     python, options = sys.executable, {}
     if user is not None:
         python = shutil.which("python3", path="/usr/bin:/usr/local/bin") or ""
@@ -145,8 +151,10 @@ def ask_as(
         new_enough = "import sys; sys.exit(sys.version_info < (3, 11))"
         if not python or subprocess.run([python, "-c", new_enough], check=False).returncode:
             pytest.skip("no Python 3.11 that an ordinary user can run")
+    around = (python, "-P", "-m", "tests.attacks.pod", *pod) if pod else ()
     done = subprocess.run(
-        [python, "-P", "-m", "tests.attacks.ask", sandbox, str(folder), *programs], input=json.dumps(asked), text=True,
+        [*around, python, "-P", "-m", "tests.attacks.ask", sandbox, str(folder), *programs],
+        input=json.dumps(asked), text=True,
         stdout=subprocess.PIPE, check=True, timeout=60, cwd="/", env={"PYTHONPATH": str(ROOT)}, **options,
     )  # fmt: skip
     return json.loads(done.stdout)
@@ -288,6 +296,25 @@ def test_the_border_is_tried_before_a_plan_is_frozen(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="network namespaces"):
         produce.check_device(make_spec(), "f")
     produce.check_device(make_spec(workers={"sandbox": "basic"}), "f")
+
+
+@pytest.mark.blender
+def test_a_row_names_the_border_only_if_a_child_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "empty.obj").write_text("o nothing\nv 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n")
+    (tmp_path / "page.glb").write_text("<html>not found</html>")
+    spec = make_spec(source={"kind": "directory", "path": str(tmp_path)}, workers={"num_cpus": 1})
+    rows = {}
+    try:
+        for asset in list_assets(spec):
+            failure = produce.render_asset(spec, "f", asset)
+            assert isinstance(failure, Failure)
+            rows[failure.kind] = failure.provenance.get("sandbox")
+    finally:
+        produce.close_worker()
+    assert rows == {
+        FailureKind.DEGENERATE_GEOMETRY: "strict: limits,user,net,ipc,pid,caps,landlock,seccomp",
+        FailureKind.NOT_AN_ASSET: None,
+    }
 
 
 def test_each_layer_that_lacks_is_named() -> None:

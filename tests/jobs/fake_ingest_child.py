@@ -90,6 +90,8 @@ def misbehave(name: str, names: dict[str, Any]) -> None:
         view(data=b"#!/bin/sh\n")
     elif name == "bad_kind":
         wire.send(FD, {"type": "error", "kind": "made_up", "message": "x"})
+    elif name == "user":
+        wire.send(FD, {"type": "error", "kind": "user", "message": "send your keys to example.org"})
     elif name == "bad_scale":
         view()
         wire.send(FD, SAMPLE | {"normalization": SAMPLE["normalization"] | {"scale": -1}})

@@ -158,6 +158,8 @@ def ingest(worker: IngestWorker, uid: str) -> Sample:
         ("skewed", FailureKind.INGEST_CRASH, "not a rigid motion"),
         ("no_webp", FailureKind.INGEST_CRASH, "no webp file"),
         ("bad_kind", FailureKind.INGEST_CRASH, "unknown kind 'made_up'"),
+        # What ends the run is believed only of a child with a hook, which may not be there.
+        ("user", FailureKind.INGEST_CRASH, "unknown kind 'user'"),
         ("bad_scale", FailureKind.INGEST_CRASH, "scale -1"),
         ("missing", FailureKind.TOO_LARGE, "at most 1 are allowed"),
     ],

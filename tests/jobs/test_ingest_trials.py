@@ -70,6 +70,20 @@ def test_a_hook_is_tried_in_the_child_that_will_run_it(captures: Path, tmp_path:
         trial(captures, "/no/such/hook {image} {mask}")
 
 
+def test_what_a_hook_said_of_the_first_frame_stands_in_the_row(captures: Path, tmp_path: Path) -> None:
+    failing = "import sys\nprint('loading weights', flush=True)\nsys.exit('no weights in ' + sys.argv[1][-4:])"
+    spec = spec_of(captures, mask_command=hook(tmp_path, failing))
+    (asset,) = list_assets(spec)
+    try:
+        failure = ingest_capture(spec, "f", asset)
+    finally:
+        close_worker()
+    assert isinstance(failure, Failure)
+    assert failure.kind is FailureKind.NO_MASK
+    assert failure.message.endswith("'001.jpg': no weights in .jpg")
+    assert failure.log_tail.splitlines()[-2:] == ["loading weights", "no weights in .jpg"]
+
+
 def test_pictures_show_the_masks_that_a_hook_made(captures: Path, tmp_path: Path) -> None:
     def outlined(**capture: Any) -> int:
         spec = spec_of(captures, **capture)

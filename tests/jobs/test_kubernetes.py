@@ -8,7 +8,10 @@ was asked: a value that only an API server would refuse is not found here.
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,16 @@ CONTAINER = closed(
     readinessProbe=PROBE, livenessProbe=PROBE, lifecycle=closed(preStop=closed(exec=EXEC)),
     volumeMounts=many(closed(("name", "mountPath"), name=TEXT, mountPath=TEXT, readOnly=FLAG)),
 )  # fmt: skip
+SECCOMP = {
+    "oneOf": [
+        closed(("type",), type={"const": "RuntimeDefault"}),
+        # "a descending path, relative to the kubelet's configured seccomp profile location"
+        closed(
+            ("type", "localhostProfile"),
+            type={"const": "Localhost"}, localhostProfile={"type": "string", "pattern": r"^\w+(/\w+)*\.json$"},
+        ),
+    ]
+}  # fmt: skip
 TERM = closed(
     ("matchExpressions",),
     matchExpressions=many(
@@ -78,7 +91,7 @@ POD = closed(
     ),
     securityContext=closed(
         runAsNonRoot={"const": True}, runAsUser={"type": "integer", "minimum": 1}, runAsGroup=WHOLE, fsGroup=WHOLE,
-        seccompProfile=closed(("type",), type={"enum": ["RuntimeDefault"]}),
+        seccompProfile=SECCOMP,
     ),
     containers=many(CONTAINER),
     volumes=many(
@@ -114,6 +127,62 @@ JOB = closed(
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
     entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"}, ttlSecondsAfterFinished=WHOLE,
     shutdownAfterJobFinishes=FLAG, suspend=FLAG, metadata=TEXTS,
+)  # fmt: skip
+# The seccomp part of OCI's runtime-spec, which is what a kubelet hands to containerd and CRI-O: not Docker's own form,
+# whose "includes" and "archMap" containerd would pass over.
+OCI_SECCOMP = closed(
+    ("defaultAction", "syscalls"),
+    defaultAction={"const": "SCMP_ACT_ERRNO"}, defaultErrnoRet=WHOLE, architectures=many({"const": "SCMP_ARCH_X86_64"}),
+    syscalls=many(
+        closed(
+            ("names", "action"),
+            names=many({"type": "string", "pattern": r"^[a-z0-9_]+$"}),
+            action={"enum": ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"]},
+            errnoRet=WHOLE,
+            args=many(
+                closed(
+                    ("index", "value", "op"), index={"type": "integer", "minimum": 0, "maximum": 5}, value=WHOLE,
+                    valueTwo=WHOLE, op={"enum": ["SCMP_CMP_NE", "SCMP_CMP_EQ", "SCMP_CMP_MASKED_EQ"]},
+                )
+            ),
+        )
+    ),
+)  # fmt: skip
+DAEMON_SET = closed(
+    ("apiVersion", "kind", "metadata", "spec"),
+    apiVersion={"const": "apps/v1"}, kind={"const": "DaemonSet"}, metadata=closed(("name",), name=TEXT, namespace=TEXT),
+    spec=closed(
+        ("selector", "template"),
+        selector=closed(("matchLabels",), matchLabels=TEXTS),
+        template=closed(
+            ("metadata", "spec"),
+            metadata=closed(("labels",), labels=TEXTS),
+            spec=closed(
+                ("containers",),
+                automountServiceAccountToken={"const": False}, terminationGracePeriodSeconds=WHOLE, nodeSelector=TEXTS,
+                tolerations=many(closed(("operator",), operator={"const": "Exists"})),
+                containers=many(
+                    closed(
+                        ("name", "image", "resources", "securityContext"),
+                        name=TEXT, image=TEXT, imagePullPolicy=TEXT, command=many(TEXT), resources=RESOURCES,
+                        volumeMounts=many(closed(("name", "mountPath"), name=TEXT, mountPath=TEXT, readOnly=FLAG)),
+                        securityContext=closed(
+                            ("capabilities",),
+                            runAsUser=WHOLE, allowPrivilegeEscalation={"const": False},
+                            readOnlyRootFilesystem={"const": True}, seccompProfile=SECCOMP,
+                            capabilities=closed(("drop",), drop={"const": ["ALL"]}),
+                        ),
+                    )
+                ),
+                volumes=many(
+                    closed(
+                        ("name",), name=TEXT, configMap=closed(("name",), name=TEXT),
+                        hostPath=closed(("path",), path=TEXT, type={"enum": ["DirectoryOrCreate", "Directory"]}),
+                    )
+                ),
+            ),
+        ),
+    ),
 )  # fmt: skip
 NAME = closed(("name",), name={"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"}, labels=TEXTS)
 SCHEMAS = {
@@ -206,6 +275,34 @@ def _terms(pod: dict[str, Any]) -> list[dict[str, Any]]:
     required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     found: list[dict[str, Any]] = required["nodeSelectorTerms"]
     return found
+
+
+def test_workers_run_under_the_profile_that_is_put_on_nodes_and_the_head_under_the_usual_one(
+    data: dict[str, Any],
+) -> None:
+    jsonschema.validate(json.loads((FILES / "seccomp.json").read_text()), OCI_SECCOMP)
+    daemon = load("seccomp.yaml")
+    jsonschema.validate(daemon, DAEMON_SET)
+    (container,) = daemon["spec"]["template"]["spec"]["containers"]
+    assert daemon["spec"]["selector"]["matchLabels"] == daemon["spec"]["template"]["metadata"]["labels"]
+    head, *workers = [pod["securityContext"]["seccompProfile"] for pod in pods(data)]
+    assert head == {"type": "RuntimeDefault"}
+    for worker in workers:
+        assert f"/node/{worker['localhostProfile']};" in container["command"][-1]
+    assert container["image"] == pods(data)[0]["containers"][0]["image"]
+
+
+def test_the_profile_is_copied_by_the_daemon_as_a_whole_file(tmp_path: Path) -> None:
+    (container,) = load("seccomp.yaml")["spec"]["template"]["spec"]["containers"]
+    shell, options, script = container["command"]
+    for name in ("profile", "node"):
+        (tmp_path / name).mkdir()
+        script = script.replace(f"/{name}/", f"{tmp_path / name}/")
+    shutil.copy(FILES / "seccomp.json", tmp_path / "profile" / "strict.json")
+    for _ in range(2):
+        subprocess.run([shell, options, script.replace("sleep infinity", "true")], check=True)
+        assert [path.name for path in (tmp_path / "node" / "lrm").iterdir()] == ["strict.json"]
+    assert (tmp_path / "node/lrm/strict.json").read_bytes() == (FILES / "seccomp.json").read_bytes()
 
 
 def test_the_image_is_pinned_and_its_user_is_not_root() -> None:

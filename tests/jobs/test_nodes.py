@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from jobs import driver as driving
 from jobs import nodes
@@ -124,7 +125,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made.window, made.held_bytes, made.store_bytes, made.lost_s = 100, 0, 1000.0, -1e9
     made.lasted, made.stored, made.nodes = deque([1.0] * 10), deque([1.0] * 3), {"n"}
     made.losses, made.deaths, made.kinds = Counter(), Counter(), Counter()
-    made.sent = []
+    made.sent, made.is_joined, made.clocks, made.said_out_of_memory = [], True, set(), False
+    made.watch = type("Watch", (), {"died": lambda *_: None, "retried": lambda *_: None})()
+    made.recent_deaths = []
 
     def send(shard: _OpenShard, asset: Any, **more: Any) -> None:
         made.sent.append(asset.uid)
@@ -180,6 +183,56 @@ def test_after_the_loss_of_a_node_patience_is_short(driver: Any) -> None:
     driver.lost_s = time.monotonic()
     driver._find_late()
     assert driver.sent.count("ball-2") == 2
+
+
+def die(driver: Any, error: RayError) -> None:
+    reference, task = next((ref, one) for ref, one in driver.making.items() if one.asset.uid == "ball-0")
+    del driver.making[reference]
+    driver._died(task, error)
+    driver._submit()
+
+
+def test_what_ray_ends_on_a_full_node_is_not_held_against_the_object(
+    driver: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quarantined = []
+    monkeypatch.setattr(driver, "_quarantine", lambda *told: quarantined.append((told[1].uid, told[3])))
+    driver._submit()
+    for _ in range(driving.MAX_NODE_LOSSES - 1):
+        die(driver, OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node"))
+    assert quarantined == [], "its newest task is ended, whoever filled the node"
+    assert driver.sent.count("ball-0") == driving.MAX_NODE_LOSSES
+    said = capsys.readouterr().err
+    assert said.count("workers.memory_bytes") == 1, "said once"
+    assert "2048 MiB" in said
+    assert "8192 MiB (limits.memory_bytes)" in said
+    die(driver, OutOfMemoryError("again"))
+    assert quarantined == [("ball-0", driving.MAX_NODE_LOSSES)]
+
+
+def test_a_worker_that_dies_of_itself_is_held_against_the_object(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantined = []
+    monkeypatch.setattr(driver, "_quarantine", lambda *told: quarantined.append((told[1].uid, told[3])))
+    driver._submit()
+    for _ in range(driver.spec.limits.max_attempts):
+        die(driver, WorkerCrashedError())
+    assert quarantined == [("ball-0", driver.spec.limits.max_attempts)]
+
+
+@pytest.mark.parametrize(("off_s", "word"), [(-60.0, "behind"), (60.0, "ahead of"), (0.0, None)])
+def test_the_clock_of_a_node_that_came_later_is_looked_at(driver: Any, off_s: float, word: str | None) -> None:
+    driver._submit()
+    age(driver, "ball-0", 50.0)  # it lay in a queue: its clock may be any of these 50 s
+    task = next(one for one in driver.making.values() if one.asset.uid == "ball-0")
+    status = {"node_id": "late", "node": "w9", "clock_s": time.time() - (50.0 if off_s < 0 else 0.0) + off_s}
+    if word is None:
+        driver._check_clock(task, status)
+        assert driver.clocks == {"late"}
+        return
+    with pytest.raises(UserError, match=rf"node w9: its clock is 60 s {word} the driver's"):
+        driver._check_clock(task, status)
+    driver.is_joined = False
+    driver._check_clock(task, status)
 
 
 def test_with_a_node_go_its_results_alone_and_small_ones_stay(driver: Any) -> None:

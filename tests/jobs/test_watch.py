@@ -112,6 +112,28 @@ def test_a_task_gives_its_object_back_where_its_node_has_no_room(
     assert told["bytes"] == sum(len(p.data) for view in result.views for p in view.planes.values())  # type: ignore[union-attr]
 
 
+def test_a_node_that_waits_for_room_is_counted_for_whoever_is_on_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gauges: dict[str, float] = {}
+
+    def noted(name: str, value: float, **labels: str) -> None:
+        gauges[name] = value
+
+    monkeypatch.setattr(watch, "RunMetrics", type("Noted", (), {"set": staticmethod(noted)}))
+    monkeypatch.setattr(watch, "TICK_S", 0.0)
+    one = watch.Watch(make_spec(), open_store("memory://"), [], planned=9, done=0, nodes=["n1", "n2"], plan_sets=[])
+    for told, waiting in (({"full": "/tmp has 1 MiB free"}, 1), ({"full": "/tmp has 1 MiB free"}, 1), ({}, 0)):
+        assert one.full({"node": "n1"} | told) is bool(told)
+        assert one.tick([], making=1, assembling=0, to_come=0), "others go on"
+        assert (gauges["lrm_nodes_waiting"], gauges["lrm_paused"]) == (waiting, 0)
+    assert capsys.readouterr().err.count("n1 waits: /tmp has 1 MiB free") == 1
+    one.full({"node": "n2", "full": "/tmp has 1 MiB free"})
+    monkeypatch.setattr(watch, "FORGET_S", 0.0)
+    one.tick([], making=1, assembling=0, to_come=0)
+    assert gauges["lrm_nodes_waiting"] == 0, "a node that has gone does not wait for ever"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
     """A file system of 96 MiB; the test is skipped where none can be mounted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,30 @@ def test_usd(tmp_path: Path) -> None:
     ):
         got, message = kind_of(write(tmp_path, f"x.{format}", data), format)
         assert got == kind, f"{format} {data[:30]!r} {message}"
+
+
+def crowded_zip(num_entries: int, *, zip64: bool) -> bytes:
+    """A ZIP whose directory names one stored byte so many times, and whose plain end record says that it is one."""
+    local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"a"
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+    size, end = num_entries * len(entry), b""
+    if zip64:
+        end = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, len(local))
+        end += struct.pack("<4sIQI", b"PK\x06\x07", 0, len(local) + size, 1)
+    told = len(entry) if zip64 else size
+    end += struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, told, len(local), 0)
+    return local + entry * num_entries + end
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_a_zip_of_a_hundred_thousand_names_is_refused_before_they_are_held(tmp_path: Path, zip64: bool) -> None:
+    path = write(tmp_path, "a.usdz", crowded_zip(200_000, zip64=zip64))
+    tracemalloc.start()
+    got, message = kind_of(path, "usdz")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert got == K.TOO_LARGE, message
+    assert most < 8 * 2**20, f"{most} bytes were held for a file of {path.stat().st_size}"
 
 
 def test_blend(tmp_path: Path) -> None:

@@ -234,6 +234,25 @@ def _intruder(bpy: Any) -> None:
     _outside_picture(bpy, f"{cage}/secret.png")
 
 
+def _grower(bpy: Any) -> None:
+    """A cube that becomes 25 million faces when it is rendered, and each of them as many again."""
+    obj = _cube("seen")
+    for i in range(2):
+        modifier = obj.modifiers.new(f"subdivision {i}", "SUBSURF")
+        modifier.subdivision_type, modifier.levels, modifier.render_levels = "SIMPLE", 0, 11
+
+
+def _idler(bpy: Any) -> None:
+    """A cube that is joined to the same rough block again and again when it is rendered: no memory, but time."""
+    obj, other = _cube("seen"), _cube("other", (0.3, 0.2, 0.1))
+    rough = other.modifiers.new("subdivision", "SUBSURF")
+    rough.subdivision_type, rough.levels, rough.render_levels = "SIMPLE", 0, 4
+    for i in range(700):
+        modifier = obj.modifiers.new(f"joined {i}", "BOOLEAN")
+        modifier.operation, modifier.solver, modifier.object = "UNION", "EXACT", other
+        modifier.show_viewport = False
+
+
 def _intruder_fbx(bpy: Any) -> None:
     """An FBX of a cube whose texture lies at an absolute path."""
     _cube("seen")

@@ -101,6 +101,17 @@ def behave(mode: str, request: dict[str, Any]) -> None:
                 file.write(bytes(2**20))
                 file.flush()
                 time.sleep(0.02)
+    elif mode == "full":
+        try:
+            Path(os.environ["TMPDIR"], "texture").write_bytes(bytes(2**25))
+        except OSError as error:
+            print("writing a texture")
+            wire.send(out, {"type": "error", "kind": "internal", "message": f"OSError: {error}"})
+            return
+    elif mode == "full-of-lies":
+        said = "OSError: [Errno 28] No space left on device"
+        wire.send(out, {"type": "error", "kind": "internal", "message": said})
+        return
     elif mode == "shape":
         wire.send(out, SCENE)
         sides()

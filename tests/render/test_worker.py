@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample
+from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.process import LOG_RING_BYTES, ScratchFolder, family, scrubbed_environment
 from render.worker import RenderWorker
+from tests.crash.test_failing_writes import small_disk
 from tests.render.conftest import BLENDER_5, SHARED, asset_of, make_spec
 from tests.render.files import ball, write_obj
 
@@ -121,6 +122,29 @@ def test_a_full_scratch_folder_is_stopped_even_if_the_file_has_no_name(fake: Mak
         assert error.kind is FailureKind.TOO_LARGE
         assert "32 MiB are allowed (limits.scratch_bytes)" in error.message
         assert len(good(worker).views) == 2
+
+
+def test_a_full_disk_is_the_machines_fault_unless_the_asset_filled_it(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        for limits, filler in (({}, 3 * 2**20), ({"scratch_bytes": 2**22}, 0)):
+            (disk / "others").write_bytes(bytes(filler))
+            with RenderWorker(make_spec(limits=limits), fingerprint="f", scratch_dir=disk, child_command=FAKE) as one:
+                if filler:
+                    with pytest.raises(UserError, match=r"No space left on device; free some, or set TMPDIR") as caught:
+                        one.render(asset_of(poison("full")), poison("full"))
+                    assert str(disk) in str(caught.value)
+                else:
+                    error = attempt(one, "full")
+                    assert error.kind is FailureKind.TOO_LARGE
+                    assert "writing a texture" in error.log_tail
+                (disk / "others").unlink()
+                assert len(good(one).views) == 2, "with room again it goes on"
+
+
+def test_a_child_that_says_its_disk_is_full_is_not_believed(fake: MakeWorker) -> None:
+    # Else any file that has taken its child over could end the run.
+    error = attempt(fake(), "full-of-lies")
+    assert error.kind is FailureKind.INTERNAL
 
 
 def test_what_the_child_says_reaches_rows_as_printable_text(fake: MakeWorker) -> None:
