@@ -62,7 +62,7 @@ def explain(store: Store, uid: str, out: Path | None = None) -> dict[str, Any]:
         DamagedDataError: if its receipt is damaged.
     """
     if not uid.strip():
-        raise UserError("UID is empty; give the uid of an object, as `make status`, a log or a version names it")
+        raise UserError("UID is empty; give the uid of an object, as its source, a log or `make report` names it")
     plan_sets = version.plan_sets(store)
     found = [(plan, place) for plan in plan_sets for place in _places(plan, uid)]
     if not found:
