@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import Corpus, Json, VersionText
+from pipeline.types import UserError
 
 Settings = Annotated[
     list[str] | None,
@@ -59,6 +60,11 @@ def train(
         if as_json:
             typer.echo(json.dumps(told))
         return
+    if workers and not address:
+        raise UserError(
+            f"WORKERS={workers} needs RAY_ADDRESS=host:port of a Ray cluster; on one machine say torchrun "
+            f"--nproc-per-node {workers} -m lrm.train, with the same options"
+        )
     try:
         if address:
             from jobs.train import joined, train_on_ray

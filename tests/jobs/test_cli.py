@@ -161,6 +161,13 @@ def test_an_array_of_jobs_hands_on_plan_part_and_settings(tmp_path: Path) -> Non
     assert words.splitlines()[-3:] == ["--shards", "all:2/64", "--json"]
 
 
+def test_workers_without_a_cluster_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    corpora.freeze(open_store(str(tmp_path / "corpus")))
+    places = ["--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
+    refused(run("train", *places, "--workers", "2"), "WORKERS=2", "RAY_ADDRESS", "torchrun --nproc-per-node 2")
+
+
 def test_a_retry_under_other_settings_is_one_line(tmp_path: Path, spec: Path) -> None:
     corpora.freeze(open_store(str(tmp_path / "corpus")))
     refused(
