@@ -66,8 +66,8 @@ dataset: $(VENV)/.ready ## bring a corpus to what a spec says: make what it lack
 retry: $(VENV)/.ready ## try again what failed with some kinds [KIND=render_timeout,network SPEC= CORPUS= SET= JSON=1]
 	@$(CLI) retry --spec '$(SPEC)' --corpus '$(CORPUS)' --kind '$(KIND)' $(flags_set) $(flags_json)
 
-ingest: $(VENV)/.ready ## photographs (MVImgNet, COLMAP) to shards on Ray [SPEC= CORPUS= SHARDS=0-3 SET="source.path=... ..." JSON=1]
-	@$(CLI) ingest --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(flags_set) $(flags_json)
+ingest: $(VENV)/.ready ## photographs (MVImgNet, COLMAP) to shards on Ray [SPEC= CORPUS= SHARDS=0-3 PLAN= SET="source.path=... ..." JSON=1]
+	@$(CLI) ingest --spec '$(SPEC)' --corpus '$(CORPUS)' --shards '$(SHARDS)' $(if $(PLAN),--plan '$(PLAN)') $(flags_set) $(flags_json)
 
 check-captures: $(VENV)/.ready ## only the checks over an archive of photographs, drawn [SPEC= OUT=out SET= JSON=1]
 	@$(CLI) check-captures --spec '$(SPEC)' --out '$(OUT)/checks' $(flags_set) $(flags_json)

@@ -57,7 +57,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-Shards = Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63 or 3,9")]
+Shards = Annotated[str, typer.Option(help="shards of the frozen plan: all, 7, 0-63, 3,9, or a part of them: all:2/64")]
 PlanName = Annotated[str | None, typer.Option("--plan", help="a frozen plan by name, such as a delta")]
 
 

@@ -164,6 +164,11 @@ def retry(
 ) -> Rebuilt:
     """Try again the listed objects that failed with these kinds, in a delta of their own; publishes nothing."""
     job = Rebuild(spec, _open(corpus))
+    if all(plan.fingerprint != job.fingerprint for plan in version.plan_sets(job.store)):
+        raise UserError(
+            f"corpus {job.store.url}: spec {spec.name} has no plan here under these settings; give the SPEC= and SET= "
+            "that its objects were made with"
+        )
     found = job.look(kinds)
     say(f"{found.pending.num_rows} object(s) failed with {', '.join(kinds)} and are tried again")
     summary = job.make(found, kinds, produce, show_progress) if found.pending.num_rows else None

@@ -202,7 +202,7 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {word:8s} {what['objects']} objects in SHARDS={_short(what['shards'])}, {made}")
     if plan["objects_per_s"] is not None:
         left = f", {_duration(plan['time_left_s'])} left at this speed" if plan["time_left_s"] else ""
-        lines.append(f"  speed    {plan['objects_per_s']:.3g} objects/s{left}")
+        lines.append(f"  speed    {_told_rate(plan['objects_per_s'])} objects/s{left}")
     cost = plan["cost"]
     if cost["objects_timed"]:
         hours = f"{cost['cpu_hours']:.3g} CPU hours" + (
@@ -221,6 +221,11 @@ def _run_line(run: Mapping[str, Any]) -> str:
     done = f"{run['samples']} samples and {failed} failures so far, {run['making']} in the making"
     reason = f": {run['reason']}" if run["reason"] else ""
     return f"{where}: {run['state']}{reason}; {done}; {heard}"
+
+
+def _told_rate(number: float) -> str:
+    """Write three digits, and never an exponent of ten for a large number."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _money(amount: float) -> str:

@@ -15,7 +15,20 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Corpus, Json, Overrides, VersionText
+from jobs.options import Corpus, Json, VersionText
+from pipeline.types import UserError
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one setting of the config, such as train.steps=500; repeatable"),
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one rule of the protocol, such as max_objects=20; repeatable"),
+]
+Mesh = Annotated[
+    list[str] | None, typer.Option("--set", help="override one setting, such as resolution=384; repeatable")
+]
 
 
 def train(
@@ -27,7 +40,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what the run is and will cost; start nothing")
     ] = False,
-    overrides: Overrides = None,
+    overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Train an LRM on a version, here or by Ray Train on RAY_ADDRESS; resumes from the newest checkpoint in --out."""
@@ -47,6 +60,11 @@ def train(
         if as_json:
             typer.echo(json.dumps(told))
         return
+    if workers and not address:
+        raise UserError(
+            f"WORKERS={workers} needs RAY_ADDRESS=host:port of a Ray cluster; on one machine say torchrun "
+            f"--nproc-per-node {workers} -m lrm.train, with the same options"
+        )
     try:
         if address:
             from jobs.train import joined, train_on_ray
@@ -94,7 +112,7 @@ def evaluate(
     corpus: Corpus,
     out: Annotated[Path, typer.Option(help="folder for objects.parquet, table.txt, evaluation.json, examples.png")],
     version: VersionText = "latest",
-    overrides: Overrides = None,
+    overrides: Rules = None,
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint on the objects that a version holds out: PSNR, SSIM, LPIPS, CLIP, FID, Chamfer, F-score."""
@@ -112,7 +130,7 @@ def infer(
     image: Annotated[Path, typer.Option(help="a picture, or a folder of pictures")],
     checkpoint: Annotated[Path, typer.Option(help="folder that training wrote")],
     out: Annotated[Path, typer.Option(help="folder for a folder a picture: mesh, film, views")],
-    overrides: Overrides = None,
+    overrides: Mesh = None,
     as_json: Json = False,
 ) -> None:
     """Make a textured mesh (GLB), a turntable (MP4, GIF) and views of a picture, or of each of a folder."""
@@ -132,7 +150,7 @@ def infer(
 
 def learn(
     out: Annotated[Path, typer.Option(help="folder for the corpus, the checkpoint and the pictures; resumed")],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Does it learn? Render procedural objects, train `tiny` on them, judge it on unseen views and objects."""

@@ -9,10 +9,15 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Corpus, Json, Overrides
+from jobs.options import Corpus, Json
+
+Prices = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="a price to reckon with, such as workers.price_per_cpu_hour=0.03; repeatable"),
+]
 
 
-def status(corpus: Corpus, overrides: Overrides = None, as_json: Json = False) -> None:
+def status(corpus: Corpus, overrides: Prices = None, as_json: Json = False) -> None:
     """Tell where a corpus stands: planned, done, failed, running, stale; speed, time left, cost; by node."""
     from jobs.status import corpus_status, status_text
     from pipeline.store import open_store

@@ -21,13 +21,12 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs import runs
 from jobs.kinds import MEANINGS
 from jobs.logs import trace_of
-from pipeline import receipt, version
+from pipeline import parquet, receipt, version
 from pipeline.plan import PlanSet
 from pipeline.report.figures import write_png
 from pipeline.sample import SampleError, contact_sheet, decode_rgba, parse_sample_json
@@ -63,7 +62,7 @@ def explain(store: Store, uid: str, out: Path | None = None) -> dict[str, Any]:
         DamagedDataError: if its receipt is damaged.
     """
     if not uid.strip():
-        raise UserError("UID is empty; give the uid of an object, as `make status`, a log or a version names it")
+        raise UserError("UID is empty; give the uid of an object, as its source, a log or `make report` names it")
     plan_sets = version.plan_sets(store)
     found = [(plan, place) for plan in plan_sets for place in _places(plan, uid)]
     if not found:
@@ -155,8 +154,8 @@ def _versions(store: Store, uid: str) -> list[dict[str, Any]]:
         key = version.manifest_key(opened.manifest_sha256)
         entry: dict[str, Any] = {"version": number, "withdrawn_by_hand": uid in opened.tombstones}
         try:
-            file = pa.PythonFile(RangedFile(store, key, opened.manifest_bytes), mode="r")
-            rows = pq.read_table(file, columns=list(_VERSION_COLUMNS), filters=[("uid", "==", uid)]).to_pylist()
+            file = RangedFile(store, key, opened.manifest_bytes)
+            rows = parquet.read_where(file, "uid", uid, _VERSION_COLUMNS).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             text = str(error).split("\n", 1)[0]
             out.append(entry | {"status": f"unreadable: {text[:200]}"})

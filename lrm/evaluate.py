@@ -117,7 +117,7 @@ class EvalResult:
         p, m = self.protocol, self.means
         lines = [
             f"{self.num_objects} objects of version {p['version']} ({p['split']}), step {p['step']}: "
-            f"{p['input_views']} inputs x {p['reference_views']} views at {p['image_px']} px, seed {p['seed']}",
+            f"up to {p['input_views']} inputs x {p['reference_views']} views at {p['image_px']} px, seed {p['seed']}",
             f"{'':<12} {'novel':>9} {'all':>9}",
         ]
         for name, label in (("psnr_db", "PSNR dB"), ("ssim", "SSIM"), ("lpips", "LPIPS"), ("clip", "CLIP")):

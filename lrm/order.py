@@ -281,7 +281,7 @@ def _check_views(rows: NDArray[np.int32], num_views: NDArray[np.int16], wanted: 
     if len(short):
         raise UserError(
             f"{len(short)} samples have fewer than {wanted} views (row {short.min()} has "
-            f"{num_views[short.min()]}); lower data.side_views"
+            f"{num_views[short.min()]}); lower data.side_views (num_views of a view_loader)"
         )
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import SCHEMA
+from pipeline import SCHEMA, parquet
 from pipeline.canonical import check_schema, digest_json
 from pipeline.sample import asset_row
 from pipeline.spec import DatasetSpec
@@ -304,7 +304,7 @@ def from_parquet(data: bytes, plan_set_id: str, where: str) -> PlanSet:
     """
     what = f"corpus {where}: plan {plan_set_id}"
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table = parquet.read(data, checksums=True)
         stored = table.schema.metadata or {}
         metadata = {name: stored.get(name.encode(), b"").decode() for name in _METADATA}
         check_schema(metadata["schema"], where, f"plan {plan_set_id}")

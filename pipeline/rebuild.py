@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import parquet
 from pipeline import plan as plans
 from pipeline.admission import licence_admits
 from pipeline.listing import Listing, object_keys
@@ -210,7 +210,7 @@ def _read_states(store: Store, plan_ids: Sequence[str]) -> Iterable[pa.Table]:
 
     def one(plan_id: str) -> pa.Table:
         try:
-            file = pq.ParquetFile(pa.BufferReader(store.get(receipt_key(plan_id))), page_checksum_verification=True)
+            file = parquet.opened(store.get(receipt_key(plan_id)), checksums=True)
             return file.read(columns=list(_STATE), use_threads=False).select(_STATE).replace_schema_metadata(None)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise unreadable(store.url, plan_id, error) from None

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import SCHEMA
+from pipeline import SCHEMA, parquet
 from pipeline.canonical import canonical_json, check_schema
 from pipeline.plan import ShardPlan
 from pipeline.sample import SampleError, asset_row
@@ -277,7 +277,7 @@ def load(store: Store, plan_id: str) -> Receipt:
 def from_parquet(data: bytes, plan_id: str, where: str) -> Receipt:
     """Read the file of a receipt and check it against itself."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        file = parquet.opened(data, checksums=True)
         rows = file.read(columns=ROWS.names, use_threads=False)
         metadata = _metadata_of(file.metadata.metadata, plan_id, where)
         rows = rows.select(ROWS.names).replace_schema_metadata(None).cast(ROWS)

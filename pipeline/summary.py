@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import receipt
+from pipeline import parquet, receipt
 from pipeline.canonical import canonical_json, check_schema
 from pipeline.plan import plan_key
 from pipeline.receipt import NodeWork, Tally, Work
@@ -144,7 +144,7 @@ def _known(store: Store, listed: Mapping[str, ObjectInfo]) -> pa.Table:
             data = store.get(item.key)
             if not item.key.endswith(f"-{hashlib.sha256(data).hexdigest()}{_ENDING}"):
                 raise ValueError("it does not match its digest")
-            rows = pq.read_table(pa.BufferReader(data)).select(_COLUMNS.names).cast(_COLUMNS)
+            rows = parquet.read(data).select(_COLUMNS.names).cast(_COLUMNS)
             stamps = zip(*(rows[name].to_pylist() for name in ("plan_id", "num_bytes", "modified_us")))
             same = [(one := listed.get(name)) is not None and _stamp(one) == (size, us) for name, size, us in stamps]
             kept = rows.filter(pa.array(same, pa.bool_()))
@@ -241,12 +241,9 @@ def outline(store: Store, plan_set_id: str, num_bytes: int) -> Outline:
     """
     where = f"corpus {store.url}: plan {plan_set_id}"
     try:
-        with pq.ParquetFile(
-            pa.PythonFile(RangedFile(store, plan_key(plan_set_id), num_bytes), mode="r"),
-            page_checksum_verification=True,
-        ) as file:
+        with parquet.opened(RangedFile(store, plan_key(plan_set_id), num_bytes), checksums=True) as file:
             stored = file.schema_arrow.metadata or {}
-            table = file.read(columns=["shard", "plan_id"])
+            table = file.read(columns=["shard", "plan_id"], use_threads=False)
         told = {
             name: stored.get(name.encode(), b"").decode() for name in ("schema", "name", "fingerprint", "spec", "kind")
         }

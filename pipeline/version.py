@@ -27,9 +27,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline import SCHEMA, manifest, plan, redistribution, verify
+from pipeline import SCHEMA, manifest, parquet, plan, redistribution, verify
 from pipeline.canonical import canonical_json, digest_json
 from pipeline.listing import Listing, last_of_each
 from pipeline.plan import PlanSet
@@ -88,7 +87,7 @@ def open_rows(store: Store, version: Version, columns: Sequence[str] | None = No
         ) from None
     if len(data) != version.manifest_bytes or hashlib.sha256(data).hexdigest() != version.manifest_sha256:
         raise UserError(f"corpus {store.url}: the manifest of version {version.number} differs from its digest")
-    return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+    return parquet.read(data, columns)
 
 
 def plan_sets(store: Store) -> list[PlanSet]:

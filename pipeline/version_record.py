@@ -79,6 +79,8 @@ def open_version(store: Store, number: int | None = None) -> Version:
     Raises:
         UserError: if there is none, or it was written under another schema.
     """
+    if isinstance(number, str):
+        raise UserError(f"corpus {store.url}: version {number!r} is a text; give a number, or None for the newest")
     if number is None:
         number = latest_number(store)
         if number == 0:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from pipeline.reader import VersionReader
 from pipeline.spec import load_spec
+from pipeline.store import open_store
+from pipeline.types import UserError
+from tests import corpora
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = 'name = "x"\n[source]\nkind = "procedural"\nnum_objects = 4\n[shards]\nobjects_per_shard = 2\n'
@@ -116,6 +122,63 @@ def test_help_lists_the_verbs() -> None:
     assert all(verb in text for verb in ("render", "publish", "status", "report", "train", "demo"))
     made = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"make {verb}" in made for verb in ("demo", "render", "publish", "status", "train", "test"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "example"),
+    [
+        ("render", "render.samples"), ("train", "train.steps"), ("learn", "train.steps"), ("evaluate", "max_objects"),
+        ("infer", "resolution"), ("status", "workers.price_per_cpu_hour"),
+    ],
+)  # fmt: skip
+def test_help_names_a_setting_that_the_verb_takes(verb: str, example: str) -> None:
+    assert example in run(verb, "--help").stdout
+
+
+@pytest.mark.parametrize("verb", ["render", "ingest"])
+def test_a_plan_is_handed_on_by_make(verb: str) -> None:
+    command = ["make", "-n", "-o", ".venv/.ready", verb, "PLAN=delta-f-000001"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--plan 'delta-f-000001'" in told
+
+
+def test_an_array_of_jobs_hands_on_plan_part_and_settings(tmp_path: Path) -> None:
+    said = tmp_path / "python"
+    said.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    said.chmod(0o755)
+    asked = {
+        "SPEC": "a spec.toml", "CORPUS": "s3://bucket/a", "PLAN": "delta-f-000001", "SET": "render.samples=8 a.b=1",
+        "PYTHON": str(said), "PROJECT": str(tmp_path), "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "64",
+    }  # fmt: skip
+    script = ["bash", str(ROOT / "jobs" / "cluster" / "slurm" / "array.sbatch")]
+    words = subprocess.run(script, env=os.environ | asked, capture_output=True, text=True, check=True).stdout
+    assert words.splitlines() == [
+        "-m", "jobs.cli", "render", "--spec", "a spec.toml", "--corpus", "s3://bucket/a", "--shards", "all:2/64",
+        "--plan", "delta-f-000001", "--set", "render.samples=8", "--set", "a.b=1", "--json",
+    ]  # fmt: skip
+    without = asked | {"PLAN": "", "SET": ""}
+    words = subprocess.run(script, env=os.environ | without, capture_output=True, text=True, check=True).stdout
+    assert words.splitlines()[-3:] == ["--shards", "all:2/64", "--json"]
+
+
+def test_workers_without_a_cluster_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    corpora.freeze(open_store(str(tmp_path / "corpus")))
+    places = ["--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
+    refused(run("train", *places, "--workers", "2"), "WORKERS=2", "RAY_ADDRESS", "torchrun --nproc-per-node 2")
+
+
+def test_a_retry_under_other_settings_is_one_line(tmp_path: Path, spec: Path) -> None:
+    corpora.freeze(open_store(str(tmp_path / "corpus")))
+    refused(
+        run("retry", "--spec", str(spec), "--corpus", str(tmp_path / "corpus"), "--kind", "network"), "no plan here"
+    )
+
+
+def test_a_version_by_another_name_than_a_number_is_one_line(tmp_path: Path) -> None:
+    latest: Any = "latest"
+    with pytest.raises(UserError, match="version 'latest' is a text; give a number, or None"):
+        VersionReader.open(str(tmp_path), latest)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -224,6 +224,14 @@ def test_a_corpus_that_cannot_be_written_is_still_told(tmp_path: Path, monkeypat
     assert summary.count(store).tallies == truth(store, plan)
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(0.0001, "3000 objects/s"), (1.6, "1.88 objects/s")])
+def test_a_speed_is_told_without_an_exponent(tmp_path: Path, seconds: float, told: str) -> None:
+    store = open_store(str(tmp_path))
+    plan = freeze(store, 3)
+    corpora.commit(store, plan.shards[0], timed(plan.shards[0], "n1", "2026-01-01T00:10:00+00:00", seconds))
+    assert told in status_text(corpus_status(store))
+
+
 def test_an_outline_is_the_plan_without_its_assets(any_store: Store) -> None:
     plan = freeze(any_store, 8)
     (outline,) = summary.outlines(any_store)
