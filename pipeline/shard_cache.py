@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
 import threading
 from collections import OrderedDict
@@ -43,6 +44,9 @@ from pipeline.types import UserError
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20
+_SHARD = re.compile(r"[0-9a-f]{64}\.tar")
+_ON_ITS_WAY = re.compile(r"\.(?P<sha256>[0-9a-f]{64})\.(?P<num_bytes>[0-9]+)\.[0-9a-f]+\.tmp")
+"""Names of the cache's own files. What else lies in its folder is somebody's, and is neither counted nor evicted."""
 
 
 class CacheFullError(Exception):
@@ -145,14 +149,18 @@ class ShardCache:
                 "data.cache_dir empty to read by ranges"
             )
         used, shards = 0, list[tuple[int, int, Path]]()
-        for path in self.folder.iterdir():
+        names = {path.name for path in self.folder.iterdir()}
+        for name in names.copy():
+            if own := _ON_ITS_WAY.fullmatch(name):
+                if not self._remove_unlocked(self.folder / name):
+                    used += int(own["num_bytes"])
+                else:  # left behind by a killed process; or it arrived, and got its name after the folder was listed
+                    names.add(f"{own['sha256']}.tar")
+        for path in (self.folder / name for name in names if _SHARD.fullmatch(name)):
             with contextlib.suppress(FileNotFoundError):
-                if path.name.endswith(".tmp"):
-                    used += 0 if self._remove_unlocked(path) else int(path.name.split(".")[2])
-                elif path.suffix == ".tar":
-                    found = path.stat()
-                    used += found.st_size
-                    shards.append((found.st_mtime_ns, found.st_size, path))
+                found = path.stat()
+                used += found.st_size
+                shards.append((found.st_mtime_ns, found.st_size, path))
         for _, size, path in sorted(shards):
             if used + num_bytes <= self.max_bytes:
                 return
