@@ -28,6 +28,7 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import os
@@ -182,6 +183,7 @@ class BatchLoader:
         if not 0 <= rank < ranks <= batch_size:
             raise UserError(f"batch size {batch_size} gives rank {rank} of {ranks} no object; raise it")
         self._reader, self._preparer, self._options = reader, preparer, options
+        reader.users.add(self)
         index = reader.index
         self.order = SampleOrder.build(
             sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
@@ -400,7 +402,8 @@ class BatchLoader:
 
     def _line_up(self, slot: _Slot) -> None:
         heapq.heappush(self._arrivals, (slot.batch.number, slot.place, slot))
-        self._pool.submit(self._decode, self._generation)
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and nobody waits
+            self._pool.submit(self._decode, self._generation)
 
     def _decode(self, generation: int) -> None:
         """Decode the sample that is wanted first of those that have arrived."""
@@ -484,7 +487,9 @@ class BatchLoader:
             self._ready.notify_all()
         # A decoder may wait for a substitute that the store owes: the reads end first.
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._reader.close()
+        self._reader.users.discard(self)
+        if not self._reader.users:
+            self._reader.close()
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> BatchLoader:

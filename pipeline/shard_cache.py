@@ -227,7 +227,7 @@ class CachedReads:
         try:
             descriptor = self._descriptor(shard)
         except CacheFullError:
-            self.stats.cache_bypasses += 1
+            self.stats.count(cache_bypasses=1)
             if not self._told:
                 self._told = True
                 log.warning(
@@ -246,14 +246,14 @@ class CachedReads:
             held = self._held.get(shard)
             if held is not None:
                 self._held.move_to_end(shard)
-                self.stats.cache_hits += 1
+                self.stats.count(cache_hits=1)
                 return os.dup(held)
             turn = self._bringing.setdefault(shard, threading.Lock())
         with turn:
             with self._lock:
                 held = self._held.get(shard)
                 if held is not None:
-                    self.stats.cache_hits += 1
+                    self.stats.count(cache_hits=1)
                     return os.dup(held)
             self._let_go(self._max_open - 1)
             descriptor, brought = self._cache.bring(self._store, shard)
@@ -261,11 +261,9 @@ class CachedReads:
                 self._held[shard] = descriptor
                 self._bringing.pop(shard, None)
                 if brought:
-                    self.stats.cache_misses += 1
-                    self.stats.num_wire_bytes += shard.num_bytes
-                    self.stats.num_requests += 1
+                    self.stats.count(cache_misses=1, num_wire_bytes=shard.num_bytes, num_requests=1)
                 else:
-                    self.stats.cache_hits += 1
+                    self.stats.count(cache_hits=1)
                 return os.dup(descriptor)
 
     def _let_go(self, keep: int) -> None:

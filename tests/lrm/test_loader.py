@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from pipeline.shard import shard_key
 from pipeline.store import MissingObjectError
 from pipeline.types import UserError
 from tests.lrm.conftest import build_corpus
-from tests.lrm.test_windows import HeldReads
 
 SIZE_PX = 16
 MIX = {"video": 3.0}
@@ -450,58 +447,6 @@ def test_closing_in_the_middle_of_reading_ends(corpus: str) -> None:
         if random.random() < 0.5:
             next(loader)
         loader.close()
-
-
-def test_a_closed_loader_says_so_to_whoever_takes_or_waits_for_a_batch(ball_corpus: str) -> None:
-    reader = VersionReader.open(ball_corpus)
-    reads = HeldReads(reader)
-    reader._reads = (os.getpid(), reads)
-    loader = BatchLoader(reader, PlainViews(2, 64, None), LoaderOptions(), batch_size=2)
-    with ThreadPoolExecutor(1) as consumer:
-        waiting = consumer.submit(next, loader)
-        deadline = time.monotonic() + 20
-        while not reads.held and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        loader.close()
-        with pytest.raises(UserError, match="this loader is closed"):
-            waiting.result(5)
-        with pytest.raises(UserError, match="this loader is closed"):
-            consumer.submit(next, loader).result(5)
-
-
-def test_workers_go_on_from_where_the_dataset_came_to_in_their_parent(corpus: str) -> None:
-    """A look at a first batch, or at the state, opens the loader in the parent: its threads are no worker's."""
-    dataset = ViewDataset(corpus, batch_size=4, num_views=2, image_px=SIZE_PX, background=None, options=options())
-    got = records(next(iter(dataset)))
-    spawned = pickle.loads(pickle.dumps(dataset))
-    assert got + records(next(iter(spawned))) == whole_run(corpus, options(), 8)
-    spawned.close()
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=10
-    )
-    batches = iter(loader)
-    got += [record for _ in range(3) for record in records(next(batches))]
-    assert got == whole_run(corpus, options(), 16)
-    del batches
-    dataset.close()
-
-
-def test_a_closed_dataset_goes_on_from_where_it_came_to(corpus: str) -> None:
-    dataset = ViewDataset(corpus, batch_size=4, num_views=2, image_px=SIZE_PX, background=None, options=options())
-    got = list[Record]()
-    for _ in range(3):
-        got += records(next(iter(dataset)))
-        dataset.close()
-    assert got == whole_run(corpus, options(), 12)
-
-
-def test_a_loader_of_the_parent_is_refused_in_a_forked_process(corpus: str) -> None:
-    with open_loader(corpus, options(), batch_size=4) as loader:
-        next(loader)
-        loader._pid = os.getpid() + 1
-        with pytest.raises(UserError, match="in the process that this one was forked from"):
-            next(loader)
 
 
 def test_forked_workers_refuse_a_remote_store_by_name(corpus: str) -> None:
