@@ -27,6 +27,7 @@ import os
 import re
 import secrets
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -209,6 +210,7 @@ class CachedReads:
         self._bringing: dict[ShardRef, threading.Lock] = {}
         self._lock = threading.Lock()
         self._told = False
+        weakref.finalize(self, _let_go, self._held, 0)  # dropped without `close`, its shards may be evicted
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
         """Begin to read ranges."""
@@ -255,9 +257,12 @@ class CachedReads:
                 if held is not None:
                     self.stats.count(cache_hits=1)
                     return os.dup(held)
-            self._let_go(self._max_open - 1)
+            with self._lock:
+                _let_go(self._held, self._max_open - 1)
             descriptor, brought = self._cache.bring(self._store, shard)
             with self._lock:
+                if (other := self._held.pop(shard, None)) is not None:
+                    os.close(other)  # let go while this waited for its turn, and brought again in another's
                 self._held[shard] = descriptor
                 self._bringing.pop(shard, None)
                 if brought:
@@ -266,14 +271,15 @@ class CachedReads:
                     self.stats.count(cache_hits=1)
                 return os.dup(descriptor)
 
-    def _let_go(self, keep: int) -> None:
-        with self._lock:
-            while len(self._held) > max(0, keep):
-                os.close(self._held.popitem(last=False)[1])
-
     def close(self) -> None:
         """End the threads and let go of every shard."""
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._let_go(0)
+        with self._lock:
+            _let_go(self._held, 0)
         self._beyond.close()
+
+
+def _let_go(held: OrderedDict[ShardRef, int], keep: int) -> None:
+    while len(held) > max(0, keep):
+        os.close(held.popitem(last=False)[1])

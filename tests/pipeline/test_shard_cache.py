@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -212,6 +213,35 @@ def test_a_shard_that_arrives_while_room_is_made_counts(tmp_path: Path, monkeypa
     monkeypatch.setattr(ShardCache, "_remove_unlocked", staticmethod(arrives))
     os.close(cache.bring(store, shards[1])[0])
     assert held_files(cache.folder) == {shards[1].sha256}
+
+
+def open_descriptors(folder: Path) -> int:
+    links = list(Path("/proc/self/fd").iterdir())
+    return sum(link.is_symlink() and str(folder) in str(link.readlink()) for link in links)
+
+
+def test_no_shard_stays_locked_when_threads_bring_and_let_go(tmp_path: Path) -> None:
+    """A descriptor that is forgotten keeps its shard from eviction until the process ends, on the whole node."""
+    store, shards = make_store(tmp_path / "corpus", 4)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=1, num_threads=8)
+    futures = [reads.submit(shards[number * 7 % 11 % 4], [0], [3]) for number in range(6000)]
+    for future in futures:
+        future.result()
+    reads.close()
+    sys.setswitchinterval(before)
+    assert open_descriptors(cache.folder) == 0
+    dropped = CachedReads(store, cache, FolderReads(store), max_open=4)
+    dropped.submit(shards[0], [0], [3]).result()
+    assert open_descriptors(cache.folder) == 1
+    del dropped
+    deadline = time.monotonic() + 10
+    while open_descriptors(cache.folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        gc.collect()
+    assert open_descriptors(cache.folder) == 0
 
 
 def test_where_the_cache_has_no_room_reads_go_past_it_and_are_counted(tmp_path: Path) -> None:
