@@ -435,10 +435,10 @@ class _Requests:
 
     def close(self) -> None:
         """Cancel what is under way and end the loop."""
+        if not self._thread.is_alive():  # in the child of a fork, where the lock may be another's for ever
+            return
         with self._ending:
             self._ended = True
-        if not self._thread.is_alive():  # in the child of a fork
-            return
         self._loop.call_soon_threadsafe(self._stop)
         if self._thread is not threading.current_thread():  # the collector may run anywhere
             self._thread.join()

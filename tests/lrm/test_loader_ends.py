@@ -18,8 +18,9 @@ import torch
 
 from lrm.data import PlainViews, view_loader
 from lrm.dataset import ViewDataset
-from lrm.loader import Batch, BatchLoader, LoaderOptions
-from pipeline.reader import VersionReader
+from lrm.loader import Batch, BatchLoader, Fields, LoaderOptions
+from lrm.order import Draw
+from pipeline.reader import DamagedDataError, VersionReader, ViewsRead
 from pipeline.types import UserError
 from tests.lrm.test_windows import HeldReads
 from tests.pipeline.test_reads import WebServer
@@ -76,6 +77,34 @@ def test_a_closed_loader_says_so_to_whoever_takes_or_waits_for_a_batch(ball_corp
             waiting.result(5)
         with pytest.raises(UserError, match="this loader is closed"):
             consumer.submit(next, loader).result(5)
+
+
+class AllDamaged(PlainViews):
+    """Finds every sample damaged, while the store falls silent."""
+
+    def __init__(self, server: WebServer) -> None:
+        super().__init__(2, 64, None)
+        self.server, self.found = server, threading.Event()
+
+    def fill(self, read: ViewsRead, draw: Draw, out: Fields) -> None:
+        self.server.gate.clear()
+        self.found.set()
+        raise DamagedDataError(f"sample {read.key}: not a picture")
+
+
+def test_closing_waits_for_no_substitute_that_the_store_owes(server: WebServer) -> None:
+    views = AllDamaged(server)
+    options = LoaderOptions(prefetch_bytes=1, num_threads=1, max_damaged_samples=6)
+    loader = BatchLoader(VersionReader.open(server.url), views, options, batch_size=1)
+    with ThreadPoolExecutor(1) as consumer:
+        waiting = consumer.submit(next, loader)
+        assert views.found.wait(PATIENCE_S)
+        time.sleep(0.2)
+        begun = time.monotonic()
+        loader.close()
+        assert time.monotonic() - begun < 5
+        with pytest.raises(UserError, match="this loader is closed"):
+            waiting.result(5)
 
 
 def test_closing_a_loader_leaves_another_of_the_same_reader_at_work(
