@@ -330,8 +330,9 @@ class BatchLoader:
             batch = self._batches[0]
             self._batches.popleft()
             self._number += 1
-            self._consumed = self._batches[0].positions.start - self._local.start if self._batches else self._planned
+            after = self._batches[0].positions.start - self._local.start if self._batches else self._planned
             self._top_up()
+            self._consumed = after  # last: a batch that an interrupt keeps from the consumer is not consumed
         self.stats.data_wait_s += time.perf_counter() - start_s
         self.stats.num_objects += batch.valid
         self.stats.num_bytes += batch.num_bytes

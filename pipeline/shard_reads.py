@@ -54,6 +54,8 @@ FIRST_REQUESTS = 16
 """Requests at once to begin with; every answer makes room for one more. Connections that are all opened at once delay
 the first batch by the time it takes to open them."""
 
+CLOSE_S = 10.0
+
 
 @dataclass(slots=True)
 class ReadStats:
@@ -440,5 +442,6 @@ class _Requests:
         with self._ending:
             self._ended = True
         self._loop.call_soon_threadsafe(self._stop)
-        if self._thread is not threading.current_thread():  # the collector may run anywhere
-            self._thread.join()
+        # The collector may run this anywhere: in this thread itself, or in one that holds a lock which this waits for.
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import subprocess
@@ -77,6 +78,29 @@ def test_a_closed_loader_says_so_to_whoever_takes_or_waits_for_a_batch(ball_corp
             waiting.result(5)
         with pytest.raises(UserError, match="this loader is closed"):
             consumer.submit(next, loader).result(5)
+
+
+def test_a_batch_that_an_interrupt_keeps_from_its_consumer_is_in_the_rest_of_the_run(
+    ball_corpus: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes while the loader, which has a batch in hand, asks for what is to be read next."""
+    with open_loader(VersionReader.open(ball_corpus)) as loader:
+        assert [rows(next(loader)) for _ in range(2)] == expected[:2]
+        assert until(lambda: not loader._batches[0].left)
+
+        looks = itertools.count()
+
+        def top_up() -> None:
+            if threading.current_thread() is threading.main_thread() and next(looks) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(loader, "_top_up", top_up)
+        with pytest.raises(KeyboardInterrupt):
+            next(loader)
+        state = loader.state_dict()
+    with open_loader(VersionReader.open(ball_corpus)) as again:
+        again.load_state_dict(state)
+        assert rows(next(again)) == expected[2]
 
 
 class AllDamaged(PlainViews):
