@@ -14,6 +14,7 @@ batch size takes up by `dataset.load_state_dict` before the DataLoader is made.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,12 +53,20 @@ class ViewDataset(IterableDataset[Batch]):
         self._options = options or LoaderOptions(num_threads=1)
         self._batch_size, self._rank, self._ranks = batch_size, rank, ranks
         self._loader: BatchLoader | None = None
+        self._loader_pid = 0
         self._state: Mapping[str, Any] | None = None
         len(self._reader.index)  # here, so that forked workers share it
 
+    def _place(self) -> Mapping[str, Any] | None:
+        return self._state if self._loader is None else self._loader.state_dict()
+
     def _open(self) -> BatchLoader:
+        if self._loader is not None and self._loader_pid != os.getpid():
+            # The copy of a fork: its threads stayed in the parent, its place counts.
+            self._state, self._loader = self._place(), None
         if self._loader is None:
             info = get_worker_info()
+            self._loader_pid = os.getpid()
             self._loader = BatchLoader(
                 self._reader, self._preparer, self._options,
                 batch_size=self._batch_size, rank=self._rank, ranks=self._ranks,
@@ -87,13 +96,14 @@ class ViewDataset(IterableDataset[Batch]):
             self._open().load_state_dict(state)
 
     def close(self) -> None:
-        """End the threads of this process."""
+        """End the threads of this process. Iterating again goes on from where it came to."""
         if self._loader is not None:
+            self._state = self._place()
             self._loader.close()
             self._loader = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loader": None}
+        return self.__dict__ | {"_loader": None, "_state": self._place()}
 
 
 def place_of(loader_state: Mapping[str, Any]) -> dict[str, Any]:

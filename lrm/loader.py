@@ -28,13 +28,15 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -181,6 +183,7 @@ class BatchLoader:
         if not 0 <= rank < ranks <= batch_size:
             raise UserError(f"batch size {batch_size} gives rank {rank} of {ranks} no object; raise it")
         self._reader, self._preparer, self._options = reader, preparer, options
+        reader.users.add(self)
         index = reader.index
         self.order = SampleOrder.build(
             sources=index.sources, source=index.source, shard=index.shard, heldout=index.heldout,
@@ -198,7 +201,7 @@ class BatchLoader:
         self._ready = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="lrm-decode")
         self.stats = LoaderStats(reads=reader.stats)
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         self._go_to(0, worker)
 
     # ---- place
@@ -311,20 +314,25 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         start_s = time.perf_counter()
+        if os.getpid() != self._pid:
+            raise UserError("this loader's threads are in the process that this one was forked from; make one here")
         with self._ready:
             self._top_up()
-            if not self._batches:
+            if not self._batches and not self._closed:
                 self._ended = True
                 raise StopIteration
-            batch = self._batches[0]
-            while batch.left and self._error is None:
+            while not self._closed and self._error is None and self._batches[0].left:
                 self._ready.wait()
+            if self._closed:
+                raise UserError("this loader is closed; make another, which may take up its state")
             if self._error is not None:
                 raise self._error
+            batch = self._batches[0]
             self._batches.popleft()
             self._number += 1
-            self._consumed = self._batches[0].positions.start - self._local.start if self._batches else self._planned
+            after = self._batches[0].positions.start - self._local.start if self._batches else self._planned
             self._top_up()
+            self._consumed = after  # last: a batch that an interrupt keeps from the consumer is not consumed
         self.stats.data_wait_s += time.perf_counter() - start_s
         self.stats.num_objects += batch.valid
         self.stats.num_bytes += batch.num_bytes
@@ -395,7 +403,8 @@ class BatchLoader:
 
     def _line_up(self, slot: _Slot) -> None:
         heapq.heappush(self._arrivals, (slot.batch.number, slot.place, slot))
-        self._pool.submit(self._decode, self._generation)
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and nobody waits
+            self._pool.submit(self._decode, self._generation)
 
     def _decode(self, generation: int) -> None:
         """Decode the sample that is wanted first of those that have arrived."""
@@ -446,7 +455,11 @@ class BatchLoader:
             draw = self.order.draw(slot.consumed, attempt)
             if draw.row not in self.stats.damaged:
                 request = self._reader.request(draw.row, draw.views)
-                future = self._reader.fetch(request)
+                with self._lock:
+                    if self._closed:
+                        raise CancelledError
+                    self.stats.num_asked_bytes += request.num_bytes
+                    future = self._reader.fetch(request)
         raise DamagedDataError(f"no undamaged substitute found for position {slot.consumed} in {MAX_ATTEMPTS} tries")
 
     def _note_damaged(self, row: int, error: DamagedDataError) -> None:
@@ -469,11 +482,16 @@ class BatchLoader:
 
     def close(self) -> None:
         """Cancel what is prefetched and end the threads."""
-        with self._lock:
+        with self._ready:
             self._closed = True
             self._drop()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
+            self._ready.notify_all()
+        # A decoder may wait for a substitute that the store owes: the reads end first.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.users.discard(self)
+        if not self._reader.users:
+            self._reader.close()
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> BatchLoader:
         return self

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -95,7 +97,11 @@ class ViewsRead:
 
 
 class VersionReader:
-    """Reads one version of a corpus."""
+    """Reads one version of a corpus.
+
+    Attributes:
+        users: loaders that read by it now; the last of them to close closes it.
+    """
 
     def __init__(self, store: Store, version: Version, cache: CacheSettings | None = None) -> None:
         self.store = store
@@ -103,6 +109,8 @@ class VersionReader:
         self.cache = cache
         self._pid = os.getpid()
         self._reads: tuple[int, ShardReads] | None = None
+        self._opening = threading.Lock()
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
 
     @classmethod
     def open(cls, corpus: str, version: int | None = None, cache: CacheSettings | None = None) -> VersionReader:
@@ -167,9 +175,13 @@ class VersionReader:
     @property
     def reads(self) -> ShardReads:
         """How bytes are got; its threads begin with its first use in a process."""
-        if self._reads is None or self._reads[0] != os.getpid():
-            self._reads = (os.getpid(), self._open_reads())
-        return self._reads[1]
+        reads = self._reads
+        if reads is None or reads[0] != os.getpid():
+            with self._opening:
+                reads = self._reads
+                if reads is None or reads[0] != os.getpid():
+                    reads = self._reads = (os.getpid(), self._open_reads())
+        return reads[1]
 
     def _open_reads(self) -> ShardReads:
         local = self.store.local_root is not None

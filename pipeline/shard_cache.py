@@ -24,8 +24,10 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +45,9 @@ from pipeline.types import UserError
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20
+_SHARD = re.compile(r"[0-9a-f]{64}\.tar")
+_ON_ITS_WAY = re.compile(r"\.(?P<sha256>[0-9a-f]{64})\.(?P<num_bytes>[0-9]+)\.[0-9a-f]+\.tmp")
+"""Names of the cache's own files. What else lies in its folder is somebody's, and is neither counted nor evicted."""
 
 
 class CacheFullError(Exception):
@@ -145,14 +150,18 @@ class ShardCache:
                 "data.cache_dir empty to read by ranges"
             )
         used, shards = 0, list[tuple[int, int, Path]]()
-        for path in self.folder.iterdir():
+        names = {path.name for path in self.folder.iterdir()}
+        for name in names.copy():
+            if own := _ON_ITS_WAY.fullmatch(name):
+                if not self._remove_unlocked(self.folder / name):
+                    used += int(own["num_bytes"])
+                else:  # left behind by a killed process; or it arrived, and got its name after the folder was listed
+                    names.add(f"{own['sha256']}.tar")
+        for path in (self.folder / name for name in names if _SHARD.fullmatch(name)):
             with contextlib.suppress(FileNotFoundError):
-                if path.name.endswith(".tmp"):
-                    used += 0 if self._remove_unlocked(path) else int(path.name.split(".")[2])
-                elif path.suffix == ".tar":
-                    found = path.stat()
-                    used += found.st_size
-                    shards.append((found.st_mtime_ns, found.st_size, path))
+                found = path.stat()
+                used += found.st_size
+                shards.append((found.st_mtime_ns, found.st_size, path))
         for _, size, path in sorted(shards):
             if used + num_bytes <= self.max_bytes:
                 return
@@ -201,6 +210,7 @@ class CachedReads:
         self._bringing: dict[ShardRef, threading.Lock] = {}
         self._lock = threading.Lock()
         self._told = False
+        weakref.finalize(self, _let_go, self._held, 0)  # dropped without `close`, its shards may be evicted
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
         """Begin to read ranges."""
@@ -219,7 +229,7 @@ class CachedReads:
         try:
             descriptor = self._descriptor(shard)
         except CacheFullError:
-            self.stats.cache_bypasses += 1
+            self.stats.count(cache_bypasses=1)
             if not self._told:
                 self._told = True
                 log.warning(
@@ -238,36 +248,38 @@ class CachedReads:
             held = self._held.get(shard)
             if held is not None:
                 self._held.move_to_end(shard)
-                self.stats.cache_hits += 1
+                self.stats.count(cache_hits=1)
                 return os.dup(held)
             turn = self._bringing.setdefault(shard, threading.Lock())
         with turn:
             with self._lock:
                 held = self._held.get(shard)
                 if held is not None:
-                    self.stats.cache_hits += 1
+                    self.stats.count(cache_hits=1)
                     return os.dup(held)
-            self._let_go(self._max_open - 1)
+            with self._lock:
+                _let_go(self._held, self._max_open - 1)
             descriptor, brought = self._cache.bring(self._store, shard)
             with self._lock:
+                if (other := self._held.pop(shard, None)) is not None:
+                    os.close(other)  # let go while this waited for its turn, and brought again in another's
                 self._held[shard] = descriptor
                 self._bringing.pop(shard, None)
                 if brought:
-                    self.stats.cache_misses += 1
-                    self.stats.num_wire_bytes += shard.num_bytes
-                    self.stats.num_requests += 1
+                    self.stats.count(cache_misses=1, num_wire_bytes=shard.num_bytes, num_requests=1)
                 else:
-                    self.stats.cache_hits += 1
+                    self.stats.count(cache_hits=1)
                 return os.dup(descriptor)
-
-    def _let_go(self, keep: int) -> None:
-        with self._lock:
-            while len(self._held) > max(0, keep):
-                os.close(self._held.popitem(last=False)[1])
 
     def close(self) -> None:
         """End the threads and let go of every shard."""
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._let_go(0)
+        with self._lock:
+            _let_go(self._held, 0)
         self._beyond.close()
+
+
+def _let_go(held: OrderedDict[ShardRef, int], keep: int) -> None:
+    while len(held) > max(0, keep):
+        os.close(held.popitem(last=False)[1])

@@ -8,7 +8,10 @@ Road not taken: a thread a request. A store that answers in 50 ms needs dozens o
 as many threads hand the interpreter to each other. Mapping shards into memory was not taken either: a file that is cut
 while it is mapped ends the process by SIGBUS instead of one sample by an error.
 
-**Retries and hedges.** What fails is tried again by obstore's client (`pipeline.store`). What is merely slow is not: a
+**Retries and hedges.** What fails is tried again by obstore's client (`pipeline.backends`), save for what it cannot
+make out or was patient with for too long: a body that is cut where the server gives no ETag, an answer of another
+range, a connection that says nothing for two minutes. Where the shard is then found to be whole, the sample is asked
+for once more. What is merely slow is not tried again by the client: a
 sample that takes longer than `hedge_factor` times the running mean, and a quarter of a second, is asked for a second
 time and the first answer counts. At most one in twenty is hedged, so that a store which is slow as a whole is not asked
 twice for everything.
@@ -24,10 +27,11 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import obstore
@@ -50,10 +54,12 @@ FIRST_REQUESTS = 16
 """Requests at once to begin with; every answer makes room for one more. Connections that are all opened at once delay
 the first batch by the time it takes to open them."""
 
+CLOSE_S = 10.0
+
 
 @dataclass(slots=True)
 class ReadStats:
-    """What was read so far. Written by the reading threads, read by anyone.
+    """What was read so far. Counted by any thread, read by anyone.
 
     Attributes:
         num_wire_bytes: bytes asked of the store, joined gaps and whole shards included.
@@ -70,6 +76,13 @@ class ReadStats:
     cache_hits: int = 0
     cache_misses: int = 0
     cache_bypasses: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, **more: int) -> None:
+        """Add to counts, whole: `+=` of one thread between that of another would be lost."""
+        with self._lock:
+            for name, number in more.items():
+                setattr(self, name, getattr(self, name) + number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +206,7 @@ class FolderReads:
                 out = read_file_ranges(descriptor, shard, starts, lengths)
             except OSError as error:
                 raise StoreError(f"{self._store.url}: reading {shard.key} failed: {error.strerror}") from None
-        self.stats.num_wire_bytes += sum(lengths)
-        self.stats.num_requests += 1
+        self.stats.count(num_wire_bytes=sum(lengths), num_requests=1)
         return out
 
     def close(self) -> None:
@@ -222,7 +234,7 @@ class _Read(Future[list[Buffer]]):
         self.spans = join_spans(starts, lengths, max(MIN_GAP_BYTES, int(GAP_SHARE * sum(lengths))))
         self.begun_s = 0.0
         self.under_way: list[asyncio.Task[Any]] = []
-        self.hedged = self.answered = False
+        self.hedged = self.answered = self.asked_again = False
 
     @property
     def num_bytes(self) -> int:
@@ -248,13 +260,30 @@ class _Read(Future[list[Buffer]]):
 
 
 class RemoteReads:
-    """Reads ranges of shards from an object store by one event loop.
+    """Reads ranges of shards from an object store.
+
+    One that is dropped without `close`, or lives when the interpreter ends, is closed then: the store's client would
+    else call into an interpreter that is no more, and abort the process.
+    """
+
+    def __init__(self, store: Store, *, max_requests: int = MAX_REQUESTS, hedge_factor: float = 4.0) -> None:
+        requests = _Requests(store, max_requests, hedge_factor)  # holds nothing of this, and so may outlive it
+        self.stats, self.submit = requests.stats, requests.submit
+        self._close = weakref.finalize(self, requests.close)
+
+    def close(self) -> None:
+        """Cancel what is under way and end the loop."""
+        self._close()
+
+
+class _Requests:
+    """The event loop of RemoteReads, in its thread.
 
     All of a sample's spans are one call into obstore, as each answer that crosses from its threads to the loop costs a
     hold of the GIL and a wake-up: 136 objects/s in place of the 127 of a call a span, by `make bench-loader`'s s3.
     """
 
-    def __init__(self, store: Store, *, max_requests: int = MAX_REQUESTS, hedge_factor: float = 4.0) -> None:
+    def __init__(self, store: Store, max_requests: int, hedge_factor: float) -> None:
         self._store, self._max_requests, self._hedge_factor = store, max_requests, hedge_factor
         self._room = min(max_requests, FIRST_REQUESTS)
         self.stats = ReadStats()
@@ -264,6 +293,7 @@ class RemoteReads:
         self._num_requests = self._num_reads = 0  # requests under way; reads sent since the beginning
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._ended, self._ending = False, threading.Lock()  # whether nothing more may be submitted
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="shard-requests", daemon=True)
         self._thread.start()
@@ -272,19 +302,21 @@ class RemoteReads:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
         self._loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(self._loop), return_exceptions=True))
+        self._loop.close()
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
         """Begin to read ranges."""
         read = _Read(shard, starts, lengths)
-        self._loop.call_soon_threadsafe(self._take, read)
+        with self._ending:  # what the loop is told before its end it looks at
+            if not self._ended:
+                self._loop.call_soon_threadsafe(self._take, read)
+                return read
+        read.set_exception(CancelledError())
         return read
 
     # ---- all that follows runs in the loop's thread
 
     def _take(self, read: _Read) -> None:
-        if self._closed:
-            read.set_exception(CancelledError())
-            return
         self._queue.append(read)
         self._send_more()
 
@@ -310,8 +342,7 @@ class RemoteReads:
 
     def _send(self, read: _Read) -> None:
         self._num_requests += len(read.spans)
-        self.stats.num_requests += len(read.spans)
-        self.stats.num_wire_bytes += read.num_bytes
+        self.stats.count(num_requests=len(read.spans), num_wire_bytes=read.num_bytes)
         call = self._loop.create_task(self._call(read))
         read.under_way.append(call)
         call.add_done_callback(lambda done: self._settle(read, done))
@@ -354,15 +385,18 @@ class RemoteReads:
         """Ask again for what is late: one look at all that is outstanding, rather than a timer a request."""
         while True:
             await asyncio.sleep(MIN_HEDGE_S / 4)
-            late_s = max(MIN_HEDGE_S, self._hedge_factor * self._usual.base_s)
-            for read in list(self._outstanding):
-                if read.hedged or read.answered or time.perf_counter() - read.begun_s < late_s:
-                    continue
-                if self.stats.num_hedged > 2 + self._num_reads // 20:
-                    break
-                read.hedged = True
-                self.stats.num_hedged += 1
-                self._send(read)
+            self._hedge_late()  # holds no read while it sleeps
+
+    def _hedge_late(self) -> None:
+        late_s = max(MIN_HEDGE_S, self._hedge_factor * self._usual.base_s)
+        for read in list(self._outstanding):
+            if read.hedged or read.answered or time.perf_counter() - read.begun_s < late_s:
+                continue
+            if self.stats.num_hedged > 2 + self._num_reads // 20:
+                break
+            read.hedged = True
+            self.stats.count(num_hedged=1)
+            self._send(read)
 
     async def _fail(self, read: _Read, error: BaseException) -> None:
         """Give a read its error, in the project's words."""
@@ -371,6 +405,10 @@ class RemoteReads:
             error = MissingObjectError(f"{url}: there is no {key}")
         elif isinstance(error, BaseError | OSError | StoreError):
             found = await self._size(read.shard)
+            if found == read.shard.num_bytes and not read.asked_again:
+                read.asked_again, read.answered, read.begun_s = True, False, time.perf_counter()
+                self._send(read)
+                return
             if found not in (None, read.shard.num_bytes):
                 error = DamagedDataError(f"shard {key} is cut: it has {found} of {read.shard.num_bytes} bytes")
             else:
@@ -391,7 +429,7 @@ class RemoteReads:
             task.cancel()
         for read in (*self._outstanding, *self._queue):
             read.answered = True
-            if not read.done():
+            if read.running() or read.set_running_or_notify_cancel():
                 read.set_exception(CancelledError())
         self._loop.call_soon(self._loop.stop)
 
@@ -399,7 +437,11 @@ class RemoteReads:
 
     def close(self) -> None:
         """Cancel what is under way and end the loop."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop)
-            self._thread.join()
-            self._loop.close()
+        if not self._thread.is_alive():  # in the child of a fork, where the lock may be another's for ever
+            return
+        with self._ending:
+            self._ended = True
+        self._loop.call_soon_threadsafe(self._stop)
+        # The collector may run this anywhere: in this thread itself, or in one that holds a lock which this waits for.
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import shard_reads
+from pipeline import backends, shard_reads
 from pipeline.reader import DamagedDataError, VersionReader
 from pipeline.receipt import member_index
 from pipeline.shard_reads import FIRST_REQUESTS, GAP_SHARE, MAX_REQUESTS, MIN_GAP_BYTES, RemoteReads, join_spans
@@ -37,6 +38,7 @@ class WebServer(ThreadingHTTPServer):
         self.root = root
         self.log: list[tuple[str, str, str]] = []
         self.slow: dict[str, float] = {}  # seconds the first request of a range of a shard takes
+        self.wrong: list[str] = []  # how the next ranges of a shard are answered, see _Handler
         self.gate = threading.Event()  # ranges of a shard are answered while it is set
         self.gate.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -74,10 +76,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.gate.wait(30)
         if asked and self.server.slow:
             time.sleep(self.server.slow.pop(asked, 0.0) or self.server.slow.pop("any", 0.0))
+        wrong = self.server.wrong.pop() if self.server.wrong and "/shards/" in self.path and asked else ""
+        if wrong == "whole":
+            status, data = 200, path.read_bytes()
+        if wrong == "refused":
+            status, data = 416, b""
+        if wrong == "shifted":
+            start, end = start + 1, end + 1
         self.send_response(status)
-        if status == 206:
+        if status == 206 and wrong != "unnamed":
             self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) // (2 if wrong == "short" else 1)))
+        if wrong in ("cut", "short"):
+            data, self.close_connection = data[: len(data) // 2], True
         self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
         self.end_headers()
         if self.command == "GET":
@@ -211,6 +222,86 @@ def test_what_the_client_refuses_to_ask_for_is_an_error_and_no_wait(server: WebS
         reader.reads.submit(reader.shard(0), [10], [0]).result(10)
     assert len(reader.read_views(0, [1]).planes) == 1, "the loop goes on"
     reader.close()
+
+
+@pytest.mark.parametrize("wrong", ["cut", "short", "shifted", "unnamed", "whole", "refused"])
+def test_a_wrong_answer_about_a_whole_shard_is_asked_for_once_more(server: WebServer, wrong: str) -> None:
+    """The server sends no ETag: the client resumes no body that was cut, and takes no other answer for a fault."""
+    reader = VersionReader.open(server.url)
+    views = reader.read_views(0, [1]).planes
+    requests = reader.stats.num_requests
+    server.wrong = [wrong]
+    assert reader.read_views(0, [1]).planes == views
+    assert reader.stats.num_requests == 3 * requests, "what was asked for twice counts twice"
+    server.wrong = [wrong] * 8
+    with pytest.raises(StoreError, match="shards/"):
+        reader.read_views(0, [1])
+    reader.close()
+
+
+def test_connections_that_say_nothing_are_given_up_and_asked_for_again(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are hedged, each silent for longer than the client tries again; at a hundredth of its times."""
+    for name in ("REQUEST_TIMEOUT_S", "RETRY_TIMEOUT_S"):
+        monkeypatch.setattr(backends, name, getattr(backends, name) / 100)
+    reader = VersionReader.open(server.url)
+    requests = [reader.request(row, [1]) for row in range(len(reader))]
+    server.slow = {f"bytes={p.start}-{p.start + p.length - 1}": 3.0 for request in requests for p in request.parts}
+    futures = [reader.fetch(request) for request in requests]
+    for request, future in zip(requests, futures):
+        assert len(reader.collect(request, future).planes) == 1
+    reader.close()
+
+
+def test_threads_that_begin_to_read_at_once_share_one_client(server: WebServer) -> None:
+    reader = VersionReader.open(server.url)
+    started = threading.Barrier(8)
+    found = set[int]()
+
+    def begin() -> None:
+        started.wait()
+        found.add(id(reader.reads))
+
+    with quick_switches():
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 1
+    reader.close()
+
+
+def test_what_two_threads_read_at_once_is_counted_whole(corpus: Path) -> None:
+    """They go in step: whatever one does to the lengths it asked for, the other is at the same place."""
+    reader = VersionReader.open(str(corpus))
+    part = reader.request(0, [1]).parts[1]
+    step = threading.Barrier(2, timeout=10)
+
+    class InStep(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            step.wait()
+            return super().__iter__()
+
+    def read() -> None:
+        reader.reads.submit(reader.shard(int(reader.index.shard[0])), [part.start], InStep([part.length])).result()
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (reader.stats.num_wire_bytes, reader.stats.num_requests) == (2 * part.length, 2)
+
+
+@contextlib.contextmanager
+def quick_switches() -> Iterator[None]:
+    """Let threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def test_closing_ends_the_wait_for_what_was_sent_and_what_was_not(server: WebServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -98,6 +99,20 @@ def test_a_file_of_another_length_counts_as_absent_and_stale_leftovers_are_remov
     assert not stale.exists()
 
 
+def test_files_that_are_not_the_caches_own_are_never_removed(tmp_path: Path) -> None:
+    """A cache on a scratch disk that other things lie on: room is made from the cache's own files alone."""
+    store, shards = make_store(tmp_path / "corpus", 4)
+    cache = ShardCache(tmp_path / "cache", 2 * NUM_BYTES)
+    others = [cache.folder / name for name in ("backup.tar", "notes.tmp", ".a.b.tmp", f".{'0' * 64}.x.tmp")]
+    for path in others:
+        path.write_bytes(b"somebody's")
+        os.utime(path, (1, 1))
+    for shard in shards:
+        os.close(cache.bring(store, shard)[0])
+    assert all(path.read_bytes() == b"somebody's" for path in others)
+    assert held_files(cache.folder) == {"backup", *(shard.sha256 for shard in shards[2:])}
+
+
 def test_half_a_shard_never_has_the_name_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store sends slowly, in pieces; meanwhile the folder is looked at all the time."""
     from pipeline import shard_cache
@@ -180,6 +195,53 @@ def test_the_limit_holds_while_processes_compete(tmp_path: Path) -> None:
     counts = run_processes(tmp_path / "corpus", tmp_path / "cache", 4 * NUM_BYTES, 6, shards)
     assert sum(brought for brought, _ in counts) > 8
     assert len(held_files(tmp_path / "cache")) <= 4
+
+
+def test_a_shard_that_arrives_while_room_is_made_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer gives it its name after the folder was listed and before its reservation is looked at."""
+    store, shards = make_store(tmp_path / "corpus", 2)
+    cache = ShardCache(tmp_path / "cache", 2 * NUM_BYTES - 1)
+    on_its_way = cache.folder / f".{shards[0].sha256}.{NUM_BYTES}.abcdef.tmp"
+    on_its_way.write_bytes(bytes(NUM_BYTES))
+    real = ShardCache._remove_unlocked
+
+    def arrives(path: Path) -> bool:
+        if on_its_way.exists():
+            on_its_way.rename(cache.path(shards[0]))
+        return real(path)
+
+    monkeypatch.setattr(ShardCache, "_remove_unlocked", staticmethod(arrives))
+    os.close(cache.bring(store, shards[1])[0])
+    assert held_files(cache.folder) == {shards[1].sha256}
+
+
+def open_descriptors(folder: Path) -> int:
+    links = list(Path("/proc/self/fd").iterdir())
+    return sum(link.is_symlink() and str(folder) in str(link.readlink()) for link in links)
+
+
+def test_no_shard_stays_locked_when_threads_bring_and_let_go(tmp_path: Path) -> None:
+    """A descriptor that is forgotten keeps its shard from eviction until the process ends, on the whole node."""
+    store, shards = make_store(tmp_path / "corpus", 4)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=1, num_threads=8)
+    futures = [reads.submit(shards[number * 7 % 11 % 4], [0], [3]) for number in range(6000)]
+    for future in futures:
+        future.result()
+    reads.close()
+    sys.setswitchinterval(before)
+    assert open_descriptors(cache.folder) == 0
+    dropped = CachedReads(store, cache, FolderReads(store), max_open=4)
+    dropped.submit(shards[0], [0], [3]).result()
+    assert open_descriptors(cache.folder) == 1
+    del dropped
+    deadline = time.monotonic() + 10
+    while open_descriptors(cache.folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        gc.collect()
+    assert open_descriptors(cache.folder) == 0
 
 
 def test_where_the_cache_has_no_room_reads_go_past_it_and_are_counted(tmp_path: Path) -> None:
