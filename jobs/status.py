@@ -32,6 +32,12 @@ from pipeline.summary import Outline
 
 RATE_WINDOW_S = 3600.0
 MAX_NODES_SHOWN = 20
+KINDS = {
+    "base": "",
+    "delta": "; a delta: older plans still count its objects as they first ended",
+    "compact": "; copies of what lives in older shards",
+}
+"""Kinds of plan sets in the order of being told, and what their numbers are beside those of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +180,7 @@ def status_text(status: dict[str, Any]) -> str:
     lines = [f"corpus {status['corpus']}: {status['versions']} published version(s)"]
     if not status["plans"]:
         lines.append("no plan here: run `make render SPEC=jobs/specs/demo.toml CORPUS=...` to add samples")
-    for plan in status["plans"]:
+    for plan in sorted(status["plans"], key=lambda plan: list(KINDS).index(plan["kind"])):
         lines += _plan_lines(plan)
     lines += [_run_line(run) for run in status["runs"]]
     nodes = sorted(status["nodes"].items(), key=lambda item: -item[1]["objects"])
@@ -190,7 +196,8 @@ def status_text(status: dict[str, Any]) -> str:
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     shards, failed = plan["shards"], sum(plan["failures"].values())
     lines = [
-        f"{plan['plan_set']}: {plan['source']}, {plan['num_views'] or 'all'} views of {plan['resolution_px']} px",
+        f"{plan['plan_set']}: {plan['source']}, {plan['num_views'] or 'all'} views of {plan['resolution_px']} px"
+        + KINDS[plan["kind"]],
         f"  shards   {shards['committed']} of {shards['planned']} committed, {plan['bytes'] / 1e6:.1f} MB"
         + (f"; missing SHARDS={_short(plan['missing_shards'])}" if plan["missing_shards"] else ""),
         f"  objects  {plan['planned']} planned, {plan['samples']} samples, {failed} failures, {plan['open']} open",

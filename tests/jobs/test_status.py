@@ -71,6 +71,18 @@ def test_status_tells_speed_time_left_cost_and_nodes(any_store: Store) -> None:
     assert dearer["plans"][0]["cost"]["so_far"] == pytest.approx(1.5)
 
 
+def test_a_delta_is_told_behind_the_plans_whose_objects_it_makes_anew(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    freeze(store)
+    found = corpus_status(store)
+    (base,) = found["plans"]
+    text = status_text(found | {"plans": [base | {"plan_set": "again", "kind": "delta"}, base]})
+    first, second = (line for line in text.splitlines() if "views of" in line)
+    assert first.startswith(base["plan_set"])
+    assert second.startswith("again: ")
+    assert second.endswith("; a delta: older plans still count its objects as they first ended")
+
+
 def test_receipts_of_releases_that_noted_no_times_leave_speed_and_cost_out(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     plan = freeze(store)
