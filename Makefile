@@ -148,7 +148,8 @@ bench-train: $(VENV)/.ready ## speed and memory of the model and its renderers o
 	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 test: $(VENV)/.ready lint ## lint, then every test that needs no network and no GPU [TESTS=tests/pipeline]
-	$(BIN)/python -m pytest $(if $(filter tests,$(TESTS)),tests --ignore=tests/cluster,$(TESTS))
+	@# By files, in as many processes as there are cores: most tests wait for children and servers of their own.
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(if $(filter tests,$(TESTS)),tests --ignore=tests/cluster,$(TESTS))
 
 test-crash: $(VENV)/.ready ## kill and fail at random for TIME_S seconds, hold the corpora to an oracle [TIME_S=600 SEED=1]
 	@$(BIN)/python -m tests.crash.storm --time-s '$(TIME_S)' $(if $(SEED),--seed '$(SEED)')
