@@ -4,8 +4,6 @@ Threads of Arrow's outlive a read by a moment, and hold what they read from. Whe
 Python ends in that moment, letting go of it aborts the process ("terminate called without an active exception", exit
 status 134) after its work was done: up to one `make why` in twenty did. So Arrow's threads read no memory or file of
 Python's; files by their path they may. `pq.read_table` has such threads whatever it is told, `pq.ParquetFile` has not.
-
-Eight columns of a plan of a million objects took 0.36 s on two cores, and 0.32 s with threads.
 """
 
 from __future__ import annotations
