@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import uuid
 from pathlib import Path
 
 import obstore
@@ -17,6 +18,11 @@ from pipeline.types import Failure, FailureKind, Sample
 from tests.conftest import make_asset, make_sample
 
 SPEC = DatasetSpec(name="fake", source=ProceduralSource(num_objects=5), shards=ShardSpec(objects_per_shard=3))
+
+
+def memory_url() -> str:
+    """Return the URL of an empty corpus in memory; names are not counted, since all tests of a process share them."""
+    return f"memory://{uuid.uuid4()}"
 
 
 def freeze(store: Store, count: int = 5, fingerprint: str = "f") -> PlanSet:

@@ -36,7 +36,6 @@ from tests.crash.work import THINGS, install
 
 UIDS = [f"ball-{i}" for i in range(6)]
 HOUR = 3600.0
-_names = itertools.count()
 
 NAMES, PRINTS = st.sampled_from("ab"), st.sampled_from("ffffg")
 POINTS = ["tar:mid", "delete:before", *(f"{thing}:{when}" for thing in THINGS for when in ("before", "after"))]
@@ -100,7 +99,7 @@ class Leaves:
 class History(RuleBasedStateMachine):
     """One corpus, and its model."""
 
-    new_url: Callable[[], str] = staticmethod(lambda: f"memory://history-{next(_names)}")
+    new_url: Callable[[], str] = staticmethod(corpora.memory_url)
 
     def __init__(self) -> None:
         super().__init__()

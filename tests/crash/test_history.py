@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import compact, garbage, manifest, rebuild, version
 from pipeline.store import Outcome, Store
+from tests import corpora
 from tests.crash.history import History, run_history
 
 _names = itertools.count()
@@ -168,4 +169,4 @@ def test_a_broken_promise_is_found_out(break_it: Callable[[pytest.MonkeyPatch], 
         break_it(patch)
         quiet(patch)
         with pytest.raises((AssertionError, KeyError)):
-            one_of_each(lambda: f"memory://broken-{next(_names)}")
+            one_of_each(corpora.memory_url)

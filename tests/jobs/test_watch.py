@@ -28,6 +28,7 @@ from pipeline.receipt import load
 from pipeline.spec import DatasetSpec
 from pipeline.store import open_store
 from pipeline.types import UserError
+from tests import corpora
 from tests.conftest import make_asset
 from tests.jobs import fakes
 from tests.jobs.test_build import make_spec, wait_for
@@ -122,7 +123,8 @@ def test_a_node_that_waits_for_room_is_counted_for_whoever_is_on_call(
 
     monkeypatch.setattr(watch, "RunMetrics", type("Noted", (), {"set": staticmethod(noted)}))
     monkeypatch.setattr(watch, "TICK_S", 0.0)
-    one = watch.Watch(make_spec(), open_store("memory://"), [], planned=9, done=0, nodes=["n1", "n2"], plan_sets=[])
+    store = open_store(corpora.memory_url())
+    one = watch.Watch(make_spec(), store, [], planned=9, done=0, nodes=["n1", "n2"], plan_sets=[])
     for told, waiting in (({"full": "/tmp has 1 MiB free"}, 1), ({"full": "/tmp has 1 MiB free"}, 1), ({}, 0)):
         assert one.full({"node": "n1"} | told) is bool(told)
         assert one.tick([], making=1, assembling=0, to_come=0), "others go on"

@@ -25,7 +25,6 @@ from tests import corpora
 from tests.conftest import make_sample
 from tests.pipeline.histories import SPEC, CrashError, Workshop, changed_spec
 
-counter = itertools.count()
 NAMES = [f"ball-{i:02d}" for i in range(10)]
 
 
@@ -412,7 +411,7 @@ ACTIONS = st.lists(
 @given(actions=ACTIONS)
 def test_any_history_ends_in_what_a_dict_says(actions: list[tuple[str, int]]) -> None:
     """Whatever happened before: a version holds exactly what the source lists and does not fail, each made once."""
-    shop = Workshop(open_store(f"memory://history-{next(counter)}"), changed_spec(shards={"objects_per_shard": 2}))
+    shop = Workshop(open_store(corpora.memory_url()), changed_spec(shards={"objects_per_shard": 2}))
     shop.put(NAMES[:4])
     dead, versions, states = set[str](), list[Version](), list[dict[str, str | None]]()
     for action, i in [*actions, ("dataset", 0)]:
