@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.types import UserError, derive_seed
+from pipeline.types import SOURCES, UserError, derive_seed
 
 _MASK64 = 2**64 - 1
 _FEISTEL_ROUNDS = 8
@@ -176,11 +176,18 @@ class SampleOrder:
             heldout: [n] whether a row is kept out of training.
             num_views: [n].
             input_views: views that the input may be, the first of each object; 0 is all.
-            mix: times each source enters an epoch; those not named enter once, names not in the version are ignored.
+            mix: times each source enters an epoch; those not named enter once. A kind of source that the version
+                lacks is passed over, so that one config serves many versions.
 
         Raises:
-            UserError: if nothing is left to train on, a sample has too few views, or the mix does not fit the order.
+            UserError: if nothing is left to train on, a sample has too few views, or the mix does not fit the order or
+                names what is no source.
         """
+        if unknown := sorted(set(mix or {}).difference(sources, SOURCES)):
+            raise UserError(
+                f"data.source_copies names {unknown[0]!r}; the version holds {', '.join(sources) or 'no source'}, and "
+                f"sources are {', '.join(SOURCES)}"
+            )
         weights = {name: float((mix or {}).get(name, 1)) for name in sources}
         fractions = [name for name, weight in weights.items() if weight != int(weight)]
         if block_shards and fractions:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.canonical import digest_json
 from pipeline.phash import MAX_DISTANCE
-from pipeline.types import CAPTURE_SOURCES, PlaneName, UserError
+from pipeline.types import CAPTURE_SOURCES, SOURCES, PlaneName, UserError
 
 MIN_GPU_SHARE = 0.01
 """Least share of a GPU that a task may ask for: a hundred Blenders hold more memory than any GPU has."""
@@ -502,8 +502,7 @@ def validate_config(model: type[M], data: Any, where: str) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        kinds = {"procedural", "directory", "objaverse", *CAPTURE_SOURCES}
-        name = ".".join(str(part) for part in first["loc"] if part not in kinds) or "(top level)"
+        name = ".".join(str(part) for part in first["loc"] if part not in SOURCES) or "(top level)"
         if first["type"] == "extra_forbidden":
             text = f"unknown key {name!r}; remove it or check its spelling"
         elif first["type"] == "missing":

@@ -28,6 +28,8 @@ PlaneName = Literal["rgba", "depth", "normal", "albedo"]
 Codec = Literal["webp", "png", "jpg"]
 CAPTURE_SOURCES = ("mvimgnet", "colmap")
 """Kinds of source whose assets are photographed, not rendered: `[capture]` is their pixel part, not `[render]`."""
+SOURCES = ("procedural", "directory", "objaverse", *CAPTURE_SOURCES)
+"""Kinds of source, whose names stand in the rows of a version."""
 
 
 class UserError(ValueError):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +15,8 @@ import pytest
 from pipeline.admission import FORMATS, licence_admits
 from pipeline.sources import open_source
 from pipeline.sources.directory import ASSET_FORMATS
-from pipeline.spec import DatasetSpec, validate_config
-from pipeline.types import Asset, AssetError, FailureKind, UserError
+from pipeline.spec import DatasetSpec, Source, validate_config
+from pipeline.types import SOURCES, Asset, AssetError, FailureKind, UserError
 from tests.mirror import ROOT, XL_TABLE, Mirror
 from tests.pipeline.test_fetch import make_glb, no_proxy  # noqa: F401
 
@@ -428,3 +428,7 @@ def test_the_mirror_serves_what_the_package_expects(tmp_path: Path) -> None:
         paths = json.loads(gzip.decompress(mirror.files[f"{ROOT}object-paths.json.gz"]))
     assert len({path.split("/")[1] for path in paths.values()}) >= 3
     assert set(paths) == set(UIDS)
+
+
+def test_the_names_of_sources_are_those_that_a_spec_may_have() -> None:
+    assert {one.model_fields["kind"].default for one in get_args(get_args(Source)[0])} == set(SOURCES)
