@@ -97,6 +97,7 @@ class Clock:
             "bytes_per_s": round((stats.num_bytes - num_bytes) * self._ranks.size / elapsed_s),
             "wire_ratio": round(stats.wire_ratio, 3),
             "cache_hits": stats.reads.cache_hits,
+            "cache_damaged": stats.reads.cache_damaged,
             "damaged": len(stats.damaged),
         }
 

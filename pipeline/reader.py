@@ -225,23 +225,31 @@ class VersionReader:
     def collect(self, request: Request, future: Future[list[Buffer]]) -> ViewsRead:
         """Wait for what `fetch` brings, check and parse it.
 
+        What was not written so is read once more, from the store itself: the node's disk or a connection may have
+        spoilt it.
+
         Raises:
             DamagedDataError: if it is not what was written, naming shard and sample.
             StoreError, FileNotFoundError: if it cannot be read at all.
         """
         try:
-            data = future.result()
-        except DamagedDataError as error:
-            raise DamagedDataError(f"sample {self.index.key(request.row)}: {error}") from None
-        return self._unpack(request, data)
+            return self._unpack(request, future)
+        except DamagedDataError:
+            shard = self.shard(int(self.index.shard[request.row]))
+            starts, lengths = [p.start for p in request.parts], [p.length for p in request.parts]
+            return self._unpack(request, self.reads.submit_again(shard, starts, lengths))
 
-    def _unpack(self, request: Request, data: Sequence[Buffer]) -> ViewsRead:
-        """Check and parse what `fetch` brought.
+    def _unpack(self, request: Request, future: Future[list[Buffer]]) -> ViewsRead:
+        """Wait for what is read, check and parse it.
 
         Raises:
             DamagedDataError: if it is not what was written, naming shard and sample.
         """
         index, row = self.index, request.row
+        try:
+            data = future.result()
+        except DamagedDataError as error:
+            raise DamagedDataError(f"sample {index.key(row)}: {error}") from None
         for part, got in zip(request.parts, data):
             if len(got) != part.length or zlib.crc32(got) != part.crc32:
                 check_part(got, part.length, part.crc32, index.shard_key(row), index.part_name(row, part))

@@ -5,10 +5,12 @@
     .lock                            held while room is made and reserved, never while bytes flow
     .lock-<2 hex digits>             held by the one process that brings a shard whose digest begins so
 
-Three promises, each by a lock of the kernel (flock), which ends with its process however that ends:
+Four promises, by locks of the kernel (flock), which end with their process however that ends:
 
 - *Half a shard never has the name of a shard.* It is written under a temporary name, checked, and renamed.
 - *What is in use is never evicted.* A reader holds a shared lock on the open file; the evictor needs an exclusive one.
+- *A file that its disk has changed does no harm.* What a reader finds damaged, checksum by checksum, is hashed whole;
+  is it no longer what was brought, it is removed and the store is read.
 - *The limit holds across processes.* Room is made under `.lock`, counting files and reservations alike. The least
   recently opened goes first. Where all that is there is in use, the caller is told so and reads by ranges instead.
 
@@ -113,6 +115,22 @@ class ShardCache:
                 raise CacheFullError  # evicted at once: others need the room more
             return descriptor, True
 
+    def remove_damaged(self, shard: ShardRef, descriptor: int) -> bool:
+        """Hash an open shard and remove it if its bytes are not those of its name; returns whether they are not."""
+        digest, at = hashlib.sha256(), 0
+        with contextlib.suppress(OSError):  # a disk that cannot read it
+            while chunk := os.pread(descriptor, CHUNK_BYTES, at):
+                digest.update(chunk)
+                at += len(chunk)
+        if (digest.hexdigest(), at) == (shard.sha256, shard.num_bytes):
+            return False
+        path = self.path(shard)
+        with self._locked(f".lock-{shard.sha256[:2]}"), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):  # nobody has brought it again meanwhile
+                path.unlink()
+                log.warning("cache: %s is no longer what was brought; removed, and read from the store", path)
+        return True
+
     def _download(self, store: Store, shard: ShardRef) -> None:
         with self._locked(".lock"):
             self._make_room(shard.num_bytes)
@@ -196,6 +214,9 @@ class ShardCache:
 class CachedReads:
     """Reads ranges of shards from the node's cache, bringing whole shards; past a full cache, from the store.
 
+    A shard that is damaged in the store is not cached: its samples are read by ranges, and those that are whole are as
+    good there as they are without a cache.
+
     Holds the `max_open` shards that were used last, so that the window of shards a loader works on stays.
     """
 
@@ -210,6 +231,7 @@ class CachedReads:
         self._bringing: dict[ShardRef, threading.Lock] = {}
         self._lock = threading.Lock()
         self._told = False
+        self._bad: set[ShardRef] = set()  # in the store itself
         weakref.finalize(self, _let_go, self._held, 0)  # dropped without `close`, its shards may be evicted
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
@@ -222,12 +244,21 @@ class CachedReads:
             self._ahead.submit(self._bring_quietly, shard)
 
     def _bring_quietly(self, shard: ShardRef) -> None:
+        if shard in self._bad:
+            return
         with contextlib.suppress(CacheFullError, DamagedDataError, StoreError, UserError):
             os.close(self._descriptor(shard))
 
     def _read(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+        if shard in self._bad:
+            return self._beyond.submit(shard, starts, lengths).result()
         try:
             descriptor = self._descriptor(shard)
+        except DamagedDataError as error:  # in part, it may be: by ranges each sample is held to its own checksums
+            if shard not in self._bad:
+                self._bad.add(shard)
+                log.warning("cache: %s; not cached, its samples are read by ranges", error)
+            return self._beyond.submit(shard, starts, lengths).result()
         except CacheFullError:
             self.stats.count(cache_bypasses=1)
             if not self._told:
@@ -239,8 +270,25 @@ class CachedReads:
             return self._beyond.submit(shard, starts, lengths).result()
         try:
             return read_file_ranges(descriptor, shard, starts, lengths)
+        except OSError:  # of the disk
+            return self._read_again(shard, starts, lengths)
         finally:
             os.close(descriptor)
+
+    def submit_again(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
+        """Begin to read, from the store, ranges whose bytes in the cache were damaged; a damaged file is removed."""
+        return self._pool.submit(self._read_again, shard, starts, lengths)
+
+    def _read_again(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+        with self._lock:
+            held = self._held.pop(shard, None)
+        descriptor = self._cache.open(shard) if held is None else held
+        if descriptor is not None:
+            try:
+                self.stats.count(cache_damaged=int(self._cache.remove_damaged(shard, descriptor)))
+            finally:
+                os.close(descriptor)
+        return self._beyond.submit(shard, starts, lengths).result()
 
     def _descriptor(self, shard: ShardRef) -> int:
         """Return a descriptor of the caller's own on a cached shard."""

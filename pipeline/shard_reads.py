@@ -16,6 +16,7 @@ sample that takes longer than `hedge_factor` times the running mean, and a quart
 time and the first answer counts. At most one in twenty is hedged, so that a store which is slow as a whole is not asked
 twice for everything.
 
+What comes with other checksums than were written is asked for once more, by `submit_again`, before it counts as damage.
 Short answers are damage, never data: a length that differs from what was asked for is raised as DamagedDataError where
 the shard has another size than its version says, and as StoreError otherwise.
 """
@@ -68,6 +69,7 @@ class ReadStats:
         cache_hits: samples read from shards that the node's cache held already.
         cache_misses: shards that had to be brought first.
         cache_bypasses: samples read past a cache that had no room.
+        cache_damaged: cached shards that were no longer what was brought, and were removed.
     """
 
     num_wire_bytes: int = 0
@@ -76,6 +78,7 @@ class ReadStats:
     cache_hits: int = 0
     cache_misses: int = 0
     cache_bypasses: int = 0
+    cache_damaged: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def count(self, **more: int) -> None:
@@ -108,6 +111,10 @@ class ShardReads(Protocol):
 
         The future raises DamagedDataError, MissingObjectError or StoreError.
         """
+        ...
+
+    def submit_again(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
+        """Begin to read ranges whose bytes were not those that were written, from the store itself."""
         ...
 
     def close(self) -> None:
@@ -180,6 +187,8 @@ class FolderReads:
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
         """Begin to read ranges: the kernel does, into its page cache."""
         return _FileRead(self, shard, starts, lengths)
+
+    submit_again = submit
 
     @contextlib.contextmanager
     def opened(self, shard: ShardRef) -> Iterator[int]:
@@ -268,7 +277,7 @@ class RemoteReads:
 
     def __init__(self, store: Store, *, max_requests: int = MAX_REQUESTS, hedge_factor: float = 4.0) -> None:
         requests = _Requests(store, max_requests, hedge_factor)  # holds nothing of this, and so may outlive it
-        self.stats, self.submit = requests.stats, requests.submit
+        self.stats, self.submit, self.submit_again = requests.stats, requests.submit, requests.submit
         self._close = weakref.finalize(self, requests.close)
 
     def close(self) -> None:

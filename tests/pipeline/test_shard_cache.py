@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import os
@@ -44,6 +45,21 @@ def test_a_shard_is_brought_once_and_found_again(tmp_path: Path) -> None:
         assert was_brought is brought
         assert os.pread(descriptor, NUM_BYTES, 0) == bytes(NUM_BYTES)
         os.close(descriptor)
+
+
+def test_a_shard_that_is_damaged_in_the_store_is_brought_once_and_read_by_ranges(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    (tmp_path / "corpus" / shards[0].key).write_bytes(b"!" + bytes(NUM_BYTES - 1))
+    reads = CachedReads(store, ShardCache(tmp_path / "cache", 4 * NUM_BYTES), FolderReads(store), max_open=2)
+    for _ in range(3):
+        assert reads.submit(shards[0], [1], [100]).result() == [bytes(100)]
+    reads.bring_ahead(shards)
+    assert caplog.text.count(f"{shards[0].key}: the store holds other bytes than its name") == 1
+    assert reads.stats.num_wire_bytes == 300
+    assert held_files(tmp_path / "cache") == set()
+    reads.close()
 
 
 def test_the_least_recently_opened_goes_first_and_what_is_in_use_stays(tmp_path: Path) -> None:
@@ -268,4 +284,76 @@ def test_shards_brought_ahead_are_there_when_they_are_read(tmp_path: Path) -> No
     for number, shard in enumerate(shards):
         assert reads.submit(shard, [0], [1]).result() == [bytes([number])]
     assert (reads.stats.cache_hits, reads.stats.num_wire_bytes) == (4, 4 * NUM_BYTES)
+    reads.close()
+
+
+def damage(path: Path, how: str) -> None:
+    """Change a cached file as a disk does: its time, and so its place among the evicted, stays."""
+    found = path.stat()
+    with path.open("r+b") as file:
+        if how == "flipped":
+            file.seek(77)
+            file.write(b"!")
+        else:
+            file.truncate(80)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_shard_that_the_disk_changed_is_removed_and_the_store_is_read(tmp_path: Path, how: str, held: bool) -> None:
+    store, shards = make_store(tmp_path / "corpus", 2)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    for shard in shards:
+        assert len(reads.submit(shard, [0], [100]).result()[0]) == 100
+    if not held:
+        reads.close()
+        reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    damage(cache.path(shards[1]), how)
+    if held and how == "cut":
+        with pytest.raises(DamagedDataError, match="is cut"):
+            reads.submit(shards[1], [0], [100]).result()
+    elif how == "flipped":
+        assert reads.submit(shards[1], [0], [100]).result() != [b"\1" * 100]
+    assert reads.submit_again(shards[1], [0], [100]).result() == [b"\1" * 100]
+    assert reads.submit_again(shards[0], [0], [100]).result() == [bytes(100)], "and a whole one stays"
+    assert held_files(cache.folder) == {shards[0].sha256}
+    assert reads.stats.cache_damaged == (held or how == "flipped"), "a file of another length counts as absent"
+    assert reads.submit(shards[1], [0], [100]).result() == [b"\1" * 100]
+    assert held_files(cache.folder) == {shard.sha256 for shard in shards}
+    reads.close()
+    assert open_descriptors(cache.folder) == 0
+
+
+def test_what_another_process_brought_again_stays(tmp_path: Path) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    spoilt = cache.bring(store, shards[0])[0]
+    damage(cache.path(shards[0]), "flipped")
+    cache.path(shards[0]).unlink()
+    os.close(cache.bring(store, shards[0])[0])
+    assert cache.remove_damaged(shards[0], spoilt)
+    os.close(spoilt)
+    assert held_files(cache.folder) == {shards[0].sha256}
+
+
+def test_a_cached_shard_that_the_disk_cannot_read_is_read_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    reads.submit(shards[0], [0], [100]).result()
+    bad, pread = cache.path(shards[0]).stat().st_ino, os.pread
+
+    def refuse(descriptor: int, num_bytes: int, at: int) -> bytes:
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, num_bytes, at)
+
+    monkeypatch.setattr(os, "pread", refuse)
+    assert reads.submit(shards[0], [0], [100]).result() == [bytes(100)]
+    assert reads.stats.cache_damaged == 1
+    assert held_files(cache.folder) == set()
     reads.close()
