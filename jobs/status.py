@@ -13,25 +13,32 @@ Speed is that of the last hour in which receipts came in: objects whose tasks en
 start to the last end. Cost is what tasks reserved (`workers.num_cpus`, `workers.num_gpus`) times their seconds and the
 spec's prices; `--set workers.price_per_cpu_hour=0.03` asks with another price. Not counted: tasks whose process died,
 idle nodes, storage.
+
+Of each kind of failure a few objects are named, for `make why`: those of the last receipt that holds the kind, so that
+no more receipts are opened than there are kinds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from jobs import runs
 from jobs.runs import Run
-from pipeline import summary, version
+from pipeline import receipt, summary, version
 from pipeline.receipt import NodeWork, Tally, Work
+from pipeline.shard import DamagedDataError
 from pipeline.spec import WorkerSpec, apply_overrides, spec_of_json, validate_config
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 from pipeline.summary import Outline
+from pipeline.types import printable
 
 RATE_WINDOW_S = 3600.0
 MAX_NODES_SHOWN = 20
+MAX_NAMED = 3
 KINDS = {
     "base": "",
     "delta": "; a delta: older plans still count its objects as they first ended",
@@ -68,10 +75,33 @@ def corpus_status(store: Store, overrides: Iterable[str] = ()) -> dict[str, Any]
         "corpus": store.url,
         "versions": version.latest_number(store),
         "plans": plans,
+        "failed": _named(store, [counted.tallies[plan_id] for plan_id in sorted(worked)]),
         "nodes": {node: _node(work) for node, work in counted.nodes(worked).items()},
         "runs": [_run(run) for run in living],
         "receipts": {"listed": len(counted.tallies), "read": counted.num_read},
     }
+
+
+def _named(store: Store, tallies: Iterable[Tally]) -> dict[str, list[str]]:
+    """Return uids of some objects that failed, by kind."""
+    last: dict[str, Tally] = {}
+    for tally in tallies:
+        for kind in tally.failures:
+            if kind not in last or tally.work.ended_s > last[kind].work.ended_s:
+                last[kind] = tally
+
+    def read(plan_id: str) -> list[tuple[str, str]]:
+        try:
+            rows = receipt.load(store, plan_id).rows
+        except (DamagedDataError, StoreError):  # counts are known by its footer, and names are a help alone
+            return []
+        return list(zip(rows["failure_kind"].to_pylist(), rows["uid"].to_pylist()))
+
+    plan_ids = sorted({tally.plan_id for tally in last.values()})
+    with ThreadPoolExecutor(8) as pool:
+        rows = dict(zip(plan_ids, pool.map(read, plan_ids)))
+    named = {kind: [uid for found, uid in rows[last[kind].plan_id] if found == kind] for kind in sorted(last)}
+    return {kind: uids[:MAX_NAMED] for kind, uids in named.items() if uids}
 
 
 def _held(living: Sequence[Run]) -> _Held:
@@ -183,6 +213,10 @@ def status_text(status: dict[str, Any]) -> str:
     for plan in sorted(status["plans"], key=lambda plan: list(KINDS).index(plan["kind"])):
         lines += _plan_lines(plan)
     lines += [_run_line(run) for run in status["runs"]]
+    if status["failed"]:
+        lines.append("failed lately (make why UID=... tells more)")
+    for kind, uids in status["failed"].items():
+        lines.append(f"  {kind:20s} {', '.join(printable(uid) for uid in uids)}")
     nodes = sorted(status["nodes"].items(), key=lambda item: -item[1]["objects"])
     if nodes:
         lines.append(f"nodes     {'objects':>9s} {'failed':>8s} {'s/object':>9s}")

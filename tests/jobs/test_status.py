@@ -71,6 +71,29 @@ def test_status_tells_speed_time_left_cost_and_nodes(any_store: Store) -> None:
     assert dearer["plans"][0]["cost"]["so_far"] == pytest.approx(1.5)
 
 
+def test_objects_of_the_last_receipt_with_a_kind_of_failure_are_named(any_store: Store) -> None:
+    plan, begun = freeze(any_store, 12), "2026-01-01T00:0{}:00+00:00"
+    for index, kinds in enumerate(([], ["network", "too_large"], ["network"], ["network"] * 3)):
+        shard = plan.shards[index]
+        results = timed(shard, "n1", begun.format((1, 3, 5, 4)[index]), 1.0)
+        told = dict(next(iter(results.values())).provenance)
+        for asset, kind in zip(shard.assets, kinds):
+            results[asset.uid] = Failure(
+                uid=asset.uid, kind=FailureKind(kind), message="it broke", provenance=told
+            )  # fmt: skip
+        corpora.commit(any_store, shard, results)
+    found = corpus_status(any_store)
+    last = plan.shards[2].assets[0].uid
+    assert found["failed"]["network"] == [last], "of the receipt that ended last, though others have more"
+    assert found["failed"]["too_large"] == [plan.shards[1].assets[1].uid]
+    assert sum(found["plans"][0]["failures"].values()) == 7
+    assert f"  network              {last}\n" in status_text(found)
+    path = receipt_key(plan.plan_ids[1])
+    data = any_store.get(path)
+    corpora.overwrite(any_store, path, data[:4] + bytes(100) + data[104:])
+    assert "too_large" not in corpus_status(any_store)["failed"], "names are a help; verify tells the damage"
+
+
 def test_a_delta_is_told_behind_the_plans_whose_objects_it_makes_anew(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     freeze(store)
