@@ -42,6 +42,8 @@ from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
 from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
+MAX_FULL_DISKS = 3
+"""So often an object may be broken off by a full disk, here or there, before the run ends."""
 MAX_NODE_LOSSES = 5
 """So many nodes may die under an object, or a shard, before the object is quarantined, or the run ends."""
 NODES_EVERY_S = 2.0
@@ -197,6 +199,7 @@ class Driver:
         self.assembling: dict[Any, tuple[_OpenShard, float]] = {}  # by reference; when it was sent
         self.deaths: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
+        self.broken_off: Counter[str] = Counter()
         self.late: set[Any] = set()  # references of `making`
         self.kinds: Counter[str] = Counter(summary.failures)
         self.lasted: deque[float] = deque(maxlen=200)  # seconds from sent to done, of the last objects
@@ -343,13 +346,21 @@ class Driver:
         if uid in shard.results or self.open.get(shard.plan.plan_id) is not shard:
             return  # the other one of two was first
         if self.watch.full(status):
-            if not any(other.asset is task.asset for other in self.making.values()):
-                shard.waiting.append(task.asset)
+            self._gave_back(task, status)
             return
         shard.results[uid] = _Result(task.reference, status["node_id"], status["bytes"])
         self.lasted.append(time.monotonic() - task.sent_s)
         self.held_bytes += status["bytes"]
         self._count(status)
+
+    def _gave_back(self, task: _Task, status: Mapping[str, Any]) -> None:
+        """Make an object later, or on another node, whose node had no room; it may be the one that takes the room."""
+        uid = task.asset.uid
+        self.broken_off[uid] += status["begun"]
+        if self.broken_off[uid] >= MAX_FULL_DISKS:
+            raise UserError(f"object {uid} met a full disk {self.broken_off[uid]} times: {status['full']}")
+        if not any(other.asset is task.asset for other in self.making.values()):
+            task.shard.waiting.append(task.asset)
 
     def _check_clock(self, task: _Task, status: Mapping[str, Any]) -> None:
         """Raise UserError if the clock of a node is off that has made its first object: it may have come later."""

@@ -26,6 +26,7 @@ from pipeline.sources.directory import digest_file
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, AssetError, Failure, FailureKind, Sample, UserError
 from render.confine import full_disk
+from render.supervisor import FullDiskError
 from render.trial import BorderTrial
 from render.worker import RenderWorker
 
@@ -57,6 +58,7 @@ def render_asset(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | 
 
     Raises:
         UserError: what the user must mend before any object can be made, such as a GPU that is not there.
+        FullDiskError: if a disk had no room left, which is no failure of the object.
     """
     return _try(_render, spec, fingerprint, asset)
 
@@ -66,6 +68,7 @@ def ingest_capture(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample 
 
     Raises:
         UserError: what the user must mend before any capture can be read, such as a folder that is not there.
+        FullDiskError: if a disk had no room left, which is no failure of the capture.
     """
     return _try(_ingest, spec, fingerprint, asset)
 
@@ -79,12 +82,15 @@ def _try(
         try:
             sample = attempt_one(spec, fingerprint, asset)
         except UserError as error:
-            raise UserError(f"{error} (on {socket.gethostname()})") from None
+            kind = FullDiskError if isinstance(error, FullDiskError) else UserError
+            raise kind(f"{error} (on {socket.gethostname()})") from None
         except AssetError as error:
+            if (full := full_disk(error.__cause__)) is not None:  # that of the fetch cache
+                raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
             failure = Failure.from_error(asset.uid, error, attempts=attempt)
         except Exception as error:  # noqa: BLE001 - a bug of ours must cost one object, with its trace, not the shard
             if (full := full_disk(error)) is not None:
-                raise UserError(f"{full} (on {socket.gethostname()})") from None
+                raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
             failure = Failure(
                 uid=asset.uid,
                 kind=FailureKind.INTERNAL,

@@ -33,7 +33,7 @@ from pipeline.receipt import Tally
 from pipeline.spec import DatasetSpec
 from pipeline.store import Store, StoreError
 from pipeline.types import Asset, Failure, Sample
-from render.supervisor import Supervisor
+from render.supervisor import FullDiskError, Supervisor
 
 ROOM_WAIT_S = 20.0
 """How long a task waits for room on its node before it gives the object back to the driver, which says so."""
@@ -59,7 +59,8 @@ def watched(
     """Make one object in a worker.
 
     Returns:
-        What the driver needs to know, and the result; None where there was no room on the node's disks (`full`).
+        What the driver needs to know, and the result; None where there was no room on the node's disks (`full`),
+        before it or once it had `begun`.
     """
     logs.setup()
     node, trace = socket.gethostname(), logs.trace_of(fingerprint, asset.uid)
@@ -67,11 +68,16 @@ def watched(
     until = time.monotonic() + ROOM_WAIT_S
     disk.wait(lambda found: logs.event("disk", full=found), lambda: time.monotonic() > until)
     if found := disk.full():
-        return {"full": found, "node": node}, None
+        return {"full": found, "node": node, "begun": False}, None
     with logs.tracing(trace):
         logs.event("object_started", uid=asset.uid, source=asset.source, format=asset.format)
         begun, children = time.monotonic(), Supervisor.num_started
-        result = produce(spec, fingerprint, asset)
+        try:
+            result = produce(spec, fingerprint, asset)
+        except FullDiskError as error:
+            logs.event("disk", full=str(error))
+            time.sleep(guard.LOOK_S)  # where nothing has made room by then, the guard sees it before the next object
+            return {"full": str(error), "node": node, "begun": True}, None
         elapsed_s = round(time.monotonic() - begun, 3)
         where = {
             "worker": node, "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

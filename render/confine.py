@@ -113,7 +113,7 @@ def limit(memory_bytes: int, cpu_s: int) -> None:
         _set_limit(name, value)
 
 
-def full_disk(error: BaseException) -> str | None:
+def full_disk(error: BaseException | None) -> str | None:
     """Return what to say where an error means that the scratch folder's disk is full, else None.
 
     Nothing is wrong with the object then, so it must not become its failure.

@@ -41,6 +41,10 @@ _OWN_FAULT_SHARE = 0.5
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[MC]alloc (array )?returns null|Cannot allocate memory")
 
 
+class FullDiskError(UserError):
+    """A disk of this machine had no room left for an object in the making."""
+
+
 class Supervisor:
     """The life of one child at a time; a context manager, for one thread at a time.
 
@@ -158,7 +162,7 @@ class Supervisor:
             return None
         filled = child.disk_bytes(self._scratch.path)
         if filled < _OWN_FAULT_SHARE * self._limits.scratch_bytes:
-            return UserError(full)
+            return FullDiskError(full)
         found = f"{self.who} filled {filled / 2**20:.0f} MiB of disk, and none was left"
         return AssetError(FailureKind.TOO_LARGE, found, error.log_tail)
 

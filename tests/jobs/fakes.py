@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from jobs import guard
 from jobs import produce as produce_module
 from pipeline.spec import DatasetSpec
 from pipeline.types import Asset, Failure, FailureKind, Sample
@@ -33,6 +35,21 @@ def produce_noting(folder: str, spec: DatasetSpec, fingerprint: str, asset: Asse
     """Make a tiny ball, and leave a file that tells so each time."""
     (Path(folder) / f"{asset.uid} {secrets.token_hex(8)}").touch()
     return make_sample(asset.uid, fingerprint=fingerprint, asset=asset, num_views=2, size_px=16)
+
+
+def produce_on_a_full_disk(
+    times: int, folder: str, spec: DatasetSpec, fingerprint: str, asset: Asset
+) -> Sample | Failure:
+    """Make a ball by the real tries, so many of which find the disk full; only for seed 1, counted in `folder`."""
+
+    def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+        if asset.uid.endswith("1") and len(list(Path(folder).iterdir())) < times:
+            (Path(folder) / secrets.token_hex(8)).touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch")
+        return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
+
+    guard.LOOK_S = 0.1
+    return produce_module._try(attempt, spec, fingerprint, asset)
 
 
 def produce_slowly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:

@@ -16,15 +16,19 @@ import pytest
 from jobs.build import build, freeze_plan
 from jobs.check import check_captures
 from jobs.ingest_worker import IngestWorker
-from jobs.produce import close_worker, ingest_capture, needs_trial
+from jobs.produce import _try, close_worker, ingest_capture, needs_trial
 from pipeline import version
 from pipeline.capture_checks import OUTLINE
+from pipeline.fetch import Fetcher
 from pipeline.sources import list_assets, open_captures
-from pipeline.spec import AdmissionSpec, CaptureSpec, ColmapSource, DatasetSpec, ProceduralSource
+from pipeline.spec import AdmissionSpec, CaptureSpec, ColmapSource, DatasetSpec, FetchSpec, ProceduralSource
 from pipeline.store import open_store
-from pipeline.types import Failure, FailureKind, UserError
+from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
 from render.confine import full_disk
+from render.supervisor import FullDiskError
 from tests.captures import make_capture
+from tests.conftest import make_asset
+from tests.mirror import Mirror
 
 GOOD = "import sys, cv2\nphoto = cv2.imread(sys.argv[1], 0)\ncv2.imwrite(sys.argv[2], 255 - photo)\n"
 
@@ -152,6 +156,20 @@ def test_a_full_scratch_disk_is_no_failure_of_a_capture(
     with pytest.raises(UserError, match=r"No space left on device; free some, or set TMPDIR") as caught:
         ingest_capture(spec, "f", asset)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_fetch_cache_is_no_failure_of_an_object(small_disk: Path) -> None:
+    """What it is written down as would count against the object, and be tried again by hand alone."""
+    uid = "a" * 32
+    with Mirror({uid: bytes(4 * 2**20)}) as mirror:
+        fetcher = Fetcher(FetchSpec(cache_dir=str(small_disk / "cache")))
+
+        def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+            fetcher.fetch(mirror.object_url(asset.uid), max_bytes=2**23, label=asset.uid)
+            raise AssertionError
+
+        with pytest.raises(FullDiskError, match=r"No space left on device; free some"):
+            _try(attempt, DatasetSpec(name="f", source=ProceduralSource()), "f", make_asset(uid))
 
 
 def test_only_a_full_disk_is_one() -> None:

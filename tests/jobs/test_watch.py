@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -134,6 +135,24 @@ def test_a_node_that_waits_for_room_is_counted_for_whoever_is_on_call(
     monkeypatch.setattr(watch, "FORGET_S", 0.0)
     one.tick([], making=1, assembling=0, to_come=0)
     assert gauges["lrm_nodes_waiting"] == 0, "a node that has gone does not wait for ever"
+
+
+def test_an_object_that_met_a_full_disk_is_made_elsewhere_or_later(tmp_path: Path) -> None:
+    produce = functools.partial(fakes.produce_on_a_full_disk, 2, str(tmp_path / "tries"))
+    (tmp_path / "tries").mkdir()
+    summary = build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False)
+    assert summary.samples == 6
+    assert not summary.failures
+    assert len(list((tmp_path / "tries").iterdir())) == 2
+
+
+def test_an_object_that_meets_a_full_disk_wherever_it_goes_ends_the_run(tmp_path: Path) -> None:
+    produce = functools.partial(fakes.produce_on_a_full_disk, 99, str(tmp_path / "tries"))
+    (tmp_path / "tries").mkdir()
+    with pytest.raises(UserError, match=r"-1 met a full disk 3 times: /scratch: No space left .* free some"):
+        build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False)
+    produce = functools.partial(fakes.produce_on_a_full_disk, 3, str(tmp_path / "tries"))
+    assert build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False).accounted
 
 
 @pytest.fixture
