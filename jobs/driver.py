@@ -253,7 +253,7 @@ class Driver:
         nodes = living()
         shares = [dict(node["Resources"]) for node in nodes]
         slots = count_slots(shares, self.spec.workers, self.spec.task_memory_bytes)
-        # One running and one queued a slot: fetches overlap, little is lost.
+        # One running and one queued a slot: none waits for the driver, and little is lost.
         self.window = 2 * max(1, slots)
         self.store_bytes = STORE_SHARE * sum(share.get("object_store_memory", 0.0) for share in shares)
         now_living = {str(node["NodeID"]) for node in nodes}

@@ -12,9 +12,9 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import render
 from jobs.ingest_worker import IngestWorker
@@ -149,8 +149,9 @@ def _check_licence(spec: DatasetSpec, asset: Asset) -> None:
 
 def _render(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
     _check_licence(spec, asset)
+    begun = time.monotonic()
     path = _source(spec, _sources, open_source).fetch(asset)
-    fetched_at = _now()
+    fetched_at, fetch_s = _now(), round(time.monotonic() - begun, 4)
     expected = None
     if path is not None:
         expected = check_file(path, asset.format, spec.admission).expected_triangles
@@ -158,7 +159,9 @@ def _render(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
             digest, num_bytes = digest_file(path)
             asset = replace(asset, sha256=digest, num_bytes=num_bytes)
     sample = _worker(RenderWorker, spec, fingerprint).render(asset, path, expected_triangles=expected)
-    return replace(sample, provenance=dict(sample.provenance) | {"fetched_at": fetched_at})
+    told = dict(sample.provenance)
+    stages = cast(Mapping[str, float], told["seconds"])
+    return replace(sample, provenance=told | {"fetched_at": fetched_at, "seconds": {"fetch": fetch_s, **stages}})
 
 
 def _source(spec: DatasetSpec, opened: dict[str, S], open_one: Callable[[DatasetSpec], S]) -> S:

@@ -105,6 +105,7 @@ def test_rows_tell_what_made_them(corpus: Path) -> None:
         assert provenance["blender"].startswith(("4.5.", "5.2."))
         assert (provenance["num_threads"], provenance["attempts"]) == (1, 1)
         assert {"worker", "seconds", "elapsed_s", "fetched_at", "finished_at"} <= set(provenance)
+        assert 0 <= provenance["seconds"]["fetch"] < provenance["seconds"]["total"] <= provenance["elapsed_s"]
         assert row["asset_sha256"] is not None
         views = json.loads(row["quality"])["views"]
         assert views["samples"] == [4] * 8, "as the spec fixes them"
