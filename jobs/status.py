@@ -66,24 +66,28 @@ def corpus_status(store: Store, overrides: Iterable[str] = ()) -> dict[str, Any]
     held = _held(living)
     overrides = tuple(overrides)
     plans, worked = [], set[str]()
-    for outline in summary.outlines(store):
+    outlines = list(summary.outlines(store))
+    for outline in outlines:
         tallies = [counted.tallies[plan_id] for plan_id in outline.plan_ids if plan_id in counted.tallies]
         plans.append(_plan(store, outline, tallies, held, overrides))
         if outline.kind != "compact":  # its rows tell of the work that was done for the shards it copied from
             worked.update(tally.plan_id for tally in tallies)
+    named = _named(store, [counted.tallies[plan_id] for plan_id in sorted(worked)])
+    for plan, outline in zip(plans, outlines):
+        mine = set(outline.plan_ids)
+        plan["failed_lately"] = {kind: uids for kind, (plan_id, uids) in named.items() if plan_id in mine}
     return {
         "corpus": store.url,
         "versions": version.latest_number(store),
         "plans": plans,
-        "failed": _named(store, [counted.tallies[plan_id] for plan_id in sorted(worked)]),
         "nodes": {node: _node(work) for node, work in counted.nodes(worked).items()},
         "runs": [_run(run) for run in living],
         "receipts": {"listed": len(counted.tallies), "read": counted.num_read},
     }
 
 
-def _named(store: Store, tallies: Iterable[Tally]) -> dict[str, list[str]]:
-    """Return uids of some objects that failed, by kind."""
+def _named(store: Store, tallies: Iterable[Tally]) -> dict[str, tuple[str, list[str]]]:
+    """Return the shard, and uids of some of its objects that failed, by kind of failure."""
     last: dict[str, Tally] = {}
     for tally in tallies:
         for kind in tally.failures:
@@ -100,8 +104,10 @@ def _named(store: Store, tallies: Iterable[Tally]) -> dict[str, list[str]]:
     plan_ids = sorted({tally.plan_id for tally in last.values()})
     with ThreadPoolExecutor(8) as pool:
         rows = dict(zip(plan_ids, pool.map(read, plan_ids)))
-    named = {kind: [uid for found, uid in rows[last[kind].plan_id] if found == kind] for kind in sorted(last)}
-    return {kind: uids[:MAX_NAMED] for kind, uids in named.items() if uids}
+    return {
+        kind: (tally.plan_id, [uid for found, uid in rows[tally.plan_id] if found == kind][:MAX_NAMED])
+        for kind, tally in last.items()
+    }
 
 
 def _held(living: Sequence[Run]) -> _Held:
@@ -213,10 +219,6 @@ def status_text(status: dict[str, Any]) -> str:
     for plan in sorted(status["plans"], key=lambda plan: list(KINDS).index(plan["kind"])):
         lines += _plan_lines(plan)
     lines += [_run_line(run) for run in status["runs"]]
-    if status["failed"]:
-        lines.append("failed lately (make why UID=... tells more)")
-    for kind, uids in status["failed"].items():
-        lines.append(f"  {kind:20s} {', '.join(printable(uid) for uid in uids)}")
     nodes = sorted(status["nodes"].items(), key=lambda item: -item[1]["objects"])
     if nodes:
         lines.append(f"nodes     {'objects':>9s} {'failed':>8s} {'s/object':>9s}")
@@ -252,7 +254,10 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         spent, rest = cost["so_far"], cost["left"] or 0.0
         price = "" if spent is None else f", cost {_money(spent)} so far, {_money(rest)} to go"
         lines.append(f"  spent    {hours}{price}")
-    return lines + [f"    {count:6d} {kind}" for kind, count in plan["failures"].items()]
+    for kind, count in plan["failures"].items():
+        uids = ", ".join(printable(uid) for uid in plan["failed_lately"].get(kind, ()))
+        lines.append(f"    {count:6d} {kind}" + (f", such as {uids}" if uids else ""))
+    return lines + ["           make why UID=... tells of one"] * any(plan["failed_lately"].values())
 
 
 def _run_line(run: Mapping[str, Any]) -> str:

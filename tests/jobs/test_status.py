@@ -83,15 +83,18 @@ def test_objects_of_the_last_receipt_with_a_kind_of_failure_are_named(any_store:
             )  # fmt: skip
         corpora.commit(any_store, shard, results)
     found = corpus_status(any_store)
+    (one,) = found["plans"]
     last = plan.shards[2].assets[0].uid
-    assert found["failed"]["network"] == [last], "of the receipt that ended last, though others have more"
-    assert found["failed"]["too_large"] == [plan.shards[1].assets[1].uid]
-    assert sum(found["plans"][0]["failures"].values()) == 7
-    assert f"  network              {last}\n" in status_text(found)
+    assert one["failed_lately"]["network"] == [last], "of the receipt that ended last, though others have more"
+    assert one["failed_lately"]["too_large"] == [plan.shards[1].assets[1].uid]
+    assert sum(one["failures"].values()) == 7
+    assert f"     5 network, such as {last}\n" in status_text(found)
     path = receipt_key(plan.plan_ids[1])
     data = any_store.get(path)
     corpora.overwrite(any_store, path, data[:4] + bytes(100) + data[104:])
-    assert "too_large" not in corpus_status(any_store)["failed"], "names are a help; verify tells the damage"
+    assert not corpus_status(any_store)["plans"][0]["failed_lately"]["too_large"], (
+        "names are a help; verify tells the damage"
+    )
 
 
 def test_a_delta_is_told_behind_the_plans_whose_objects_it_makes_anew(tmp_path: Path) -> None:
