@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from itertools import product
 
@@ -110,6 +113,23 @@ def test_the_draws_of_lrm_never_change() -> None:
 
 
 # Draws
+
+
+def test_poses_do_not_hang_on_the_kernel_that_blas_picks_for_a_processor() -> None:
+    """Nodes of one run may have several kinds of processors, and their shards one name."""
+    code = (
+        "import hashlib; from render.cameras import cameras_for; from pipeline.spec import RenderSpec\n"
+        "poses = [c.world_from_camera for seed in range(50) for c in cameras_for(RenderSpec(), seed)]\n"
+        "print(hashlib.sha256(b''.join(pose.tobytes() for pose in poses)).hexdigest())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"OPENBLAS_CORETYPE": kernel}, text=True, check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        for kernel in ("Prescott", "")  # the oldest, and the one it picks
+    }  # fmt: skip
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
