@@ -443,6 +443,16 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("pipeline", "render", "lrm", "jobs"):
+            raise
+        typer.echo(
+            f"error: this needs the package {package}, which is not installed here: pip install 'lrm-corpus[render]' "
+            "to make corpora, 'lrm-corpus[train]' to train on them",
+            err=True,
+        )
+        sys.exit(2)
     except (StoreError, DamagedDataError, OSError) as error:
         typer.echo(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", err=True)
         sys.exit(2)

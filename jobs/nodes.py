@@ -302,21 +302,11 @@ def ray_session(spec: DatasetSpec) -> Iterator[bool]:
             options["_metrics_export_port"] = int(port)
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # told to a dashboard, and here is none
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except SystemExit:  # ray.init puts a SIGTERM handler of its own in place, which exits
-        ray.shutdown()
-        raise KeyboardInterrupt from None
-    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node does not come up in time
-        text = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"Ray at {address or 'this machine'} cannot be reached: {text}; check RAY_ADDRESS, and that "
-            "RAY_AUTH_MODE=token is set with the cluster's token where it asks for one"
-        ) from None
     # Leaving ends every task of ours: shutdown stops a local cluster, and a joined one kills the workers of a driver
     # that has gone. ray.cancel(force=True) would only race with replies: Ray 2.60 aborts the driver when it loses.
-    signal.signal(signal.SIGTERM, handler if callable(handler) else _interrupt)
     try:
+        _connect(options, address)
+        signal.signal(signal.SIGTERM, handler if callable(handler) else _interrupt)
         _wait_for_slots(spec)
         if address:
             check_nodes()
@@ -327,6 +317,21 @@ def ray_session(spec: DatasetSpec) -> Iterator[bool]:
         if logs is not None:
             logs.close()
             ScratchFolder(None, newborn_s=0.5).close()  # killed workers leave their Blender's folder: sweep it
+
+
+def _connect(options: Mapping[str, Any], address: str | None) -> None:
+    try:
+        ray.init(**options)
+    except SystemExit:  # ray.init puts a SIGTERM handler of its own in place, which exits
+        raise KeyboardInterrupt from None
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node does not come up in time
+        text = str(error).strip().split("\n", 1)[0]
+        if not address:
+            raise UserError(f"Ray cannot start on this machine: {text}") from None
+        raise UserError(
+            f"Ray at {address} cannot be reached: {text}; check RAY_ADDRESS, and that RAY_AUTH_MODE=token is set with "
+            "the cluster's token where it asks for one"
+        ) from None
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -51,6 +51,13 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in done.stderr
 
 
+def test_a_package_that_is_not_installed_is_named_with_what_brings_it(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['torch'] = None; from jobs.cli import main; main()"
+    command = [sys.executable, "-c", hide, "train", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    refused(done, "needs the package torch", "lrm-corpus[train]")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

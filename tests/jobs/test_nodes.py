@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
 import time
 from collections import Counter, deque
@@ -246,3 +248,22 @@ def test_with_a_node_go_its_results_alone_and_small_ones_stay(driver: Any) -> No
     assert set(shard.results) == {"ball-0", "ball-2"}
     assert [asset.uid for asset in shard.waiting] == ["ball-1"]
     assert driver.held_bytes == big + 10
+
+
+def test_where_ray_does_not_start_its_folder_goes_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: Any) -> None:
+        made.append(Path(options["_temp_dir"]))
+        assert made[0].is_dir()
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/home/somebody/.ray")
+
+    made = list[Path]()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(nodes.ray, "init", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(UserError, match=r"^Ray cannot start on this machine: .*Read-only .*/home/somebody/.ray'$"),
+        nodes.ray_session(DatasetSpec(name="d", source=ProceduralSource())),
+    ):
+        raise AssertionError
+    assert not made[0].exists()
+    assert signal.getsignal(signal.SIGTERM) is before
