@@ -354,13 +354,13 @@ class Driver:
         self._count(status)
 
     def _gave_back(self, task: _Task, status: Mapping[str, Any]) -> None:
-        """Make an object later, or on another node, whose node had no room; it may be the one that takes the room."""
+        """Make an object that found no room after the rest of its shard; it may be the one that takes the room."""
         uid = task.asset.uid
         self.broken_off[uid] += status["begun"]
         if self.broken_off[uid] >= MAX_FULL_DISKS:
             raise UserError(f"object {uid} met a full disk {self.broken_off[uid]} times: {status['full']}")
         if not any(other.asset is task.asset for other in self.making.values()):
-            task.shard.waiting.append(task.asset)
+            task.shard.waiting.insert(0, task.asset)
 
     def _check_clock(self, task: _Task, status: Mapping[str, Any]) -> None:
         """Raise UserError if the clock of a node is off that has made its first object: it may have come later."""

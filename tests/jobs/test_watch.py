@@ -155,6 +155,16 @@ def test_an_object_that_meets_a_full_disk_wherever_it_goes_ends_the_run(tmp_path
     assert build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False).accounted
 
 
+def test_an_object_that_met_a_full_disk_lets_the_others_of_its_shard_go_first(tmp_path: Path) -> None:
+    """The next try would meet the same disk: three in a row end the run within seconds."""
+    for name in ("tries", "full"):
+        (tmp_path / name).mkdir()
+    produce = functools.partial(fakes.produce_noting_full_disks, str(tmp_path / "tries"))
+    assert build(make_spec(20, 20), str(tmp_path / "c"), produce=produce, show_progress=False).samples == 20
+    tries = sorted((path.stat().st_mtime_ns, path.read_text()) for path in (tmp_path / "tries").iterdir())
+    assert [place for place, (_, uid) in enumerate(tries) if uid == "procedural-1"][1:] >= [17], "of 21"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
     """A file system of 96 MiB; the test is skipped where none can be mounted."""
