@@ -43,7 +43,7 @@ from render.process import ScratchFolder
 
 MAX_SHARD_TRIES = 3
 MAX_FULL_DISKS = 3
-"""So often an object may be broken off by a full disk, here or there, before the run ends."""
+"""So often an object may be broken off by a full disk that it may have filled itself, before the run ends."""
 MAX_NODE_LOSSES = 5
 """So many nodes may die under an object, or a shard, before the object is quarantined, or the run ends."""
 NODES_EVERY_S = 2.0
@@ -354,13 +354,13 @@ class Driver:
         self._count(status)
 
     def _gave_back(self, task: _Task, status: Mapping[str, Any]) -> None:
-        """Make an object later, or on another node, whose node had no room; it may be the one that takes the room."""
+        """Make an object that found no room after the rest of its shard; it may be the one that takes the room."""
         uid = task.asset.uid
-        self.broken_off[uid] += status["begun"]
+        self.broken_off[uid] += status["suspect"]
         if self.broken_off[uid] >= MAX_FULL_DISKS:
             raise UserError(f"object {uid} met a full disk {self.broken_off[uid]} times: {status['full']}")
         if not any(other.asset is task.asset for other in self.making.values()):
-            task.shard.waiting.append(task.asset)
+            task.shard.waiting.insert(0, task.asset)
 
     def _check_clock(self, task: _Task, status: Mapping[str, Any]) -> None:
         """Raise UserError if the clock of a node is off that has made its first object: it may have come later."""

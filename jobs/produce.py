@@ -31,8 +31,8 @@ from render.trial import BorderTrial
 from render.worker import RenderWorker
 
 Producer = Callable[[DatasetSpec, str, Asset], Sample | Failure]
-"""(spec, fingerprint, asset) -> Sample or Failure. Raises nothing but UserError, which ends the run, and what ends the
-process."""
+"""(spec, fingerprint, asset) -> Sample or Failure. Raises nothing but FullDiskError, after which the object is made
+again, any other UserError, which ends the run, and what ends the process."""
 
 W = TypeVar("W", RenderWorker, IngestWorker)
 S = TypeVar("S", AssetSource, CaptureSource)

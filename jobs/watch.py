@@ -27,6 +27,7 @@ from tqdm import tqdm
 from jobs import guard, logs, runs
 from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
 from jobs.metrics import RunMetrics
+from jobs.produce import close_worker
 from pipeline import summary
 from pipeline.plan import ShardPlan
 from pipeline.receipt import Tally
@@ -59,16 +60,18 @@ def watched(
     """Make one object in a worker.
 
     Returns:
-        What the driver needs to know, and the result; None where there was no room on the node's disks (`full`),
-        before it or once it had `begun`.
+        What the driver needs to know, and the result; None where there was no room on the node's disks (`full`), be it
+        that the object took the room itself (`suspect`) or not.
     """
     logs.setup()
     node, trace = socket.gethostname(), logs.trace_of(fingerprint, asset.uid)
     disk = _disks.setdefault(spec.model_dump_json(), DiskGuard(guard.worker_folders(spec), spec.workers.min_free_bytes))
+    if disk.full():
+        close_worker()  # what its last object left behind may be what takes the room
     until = time.monotonic() + ROOM_WAIT_S
     disk.wait(lambda found: logs.event("disk", full=found), lambda: time.monotonic() > until)
     if found := disk.full():
-        return {"full": found, "node": node, "begun": False}, None
+        return {"full": found, "node": node, "suspect": False}, None
     with logs.tracing(trace):
         logs.event("object_started", uid=asset.uid, source=asset.source, format=asset.format)
         begun, children = time.monotonic(), Supervisor.num_started
@@ -76,8 +79,10 @@ def watched(
             result = produce(spec, fingerprint, asset)
         except FullDiskError as error:
             logs.event("disk", full=str(error))
-            time.sleep(guard.LOOK_S)  # where nothing has made room by then, the guard sees it before the next object
-            return {"full": str(error), "node": node, "begun": True}, None
+            close_worker()  # and with it what the object wrote
+            time.sleep(guard.LOOK_S)
+            # Where there is no room even so, others took it, and the guard makes the next object wait.
+            return {"full": str(error), "node": node, "suspect": not disk.full()}, None
         elapsed_s = round(time.monotonic() - begun, 3)
         where = {
             "worker": node, "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

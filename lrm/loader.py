@@ -445,21 +445,19 @@ class BatchLoader:
         assert slot.future is not None
         draw, request, future = slot.draw, slot.request, slot.future
         for attempt in range(1, MAX_ATTEMPTS):
-            if draw.row not in self.stats.damaged:
-                try:
-                    read = self._reader.collect(request, future)
-                    self._preparer.fill(read, draw, out)
-                    return draw, read.num_bytes
-                except DamagedDataError as error:
-                    self._note_damaged(draw.row, error)
+            try:  # also where the row is known to be damaged: other views of it may be whole, on a resumed run too
+                read = self._reader.collect(request, future)
+                self._preparer.fill(read, draw, out)
+                return draw, read.num_bytes
+            except DamagedDataError as error:
+                self._note_damaged(draw.row, error)
             draw = self.order.draw(slot.consumed, attempt)
-            if draw.row not in self.stats.damaged:
-                request = self._reader.request(draw.row, draw.views)
-                with self._lock:
-                    if self._closed:
-                        raise CancelledError
-                    self.stats.num_asked_bytes += request.num_bytes
-                    future = self._reader.fetch(request)
+            request = self._reader.request(draw.row, draw.views)
+            with self._lock:
+                if self._closed:
+                    raise CancelledError
+                self.stats.num_asked_bytes += request.num_bytes
+                future = self._reader.fetch(request)
         raise DamagedDataError(f"no undamaged substitute found for position {slot.consumed} in {MAX_ATTEMPTS} tries")
 
     def _note_damaged(self, row: int, error: DamagedDataError) -> None:

@@ -185,8 +185,8 @@ class SampleOrder:
         """
         if unknown := sorted(set(mix or {}).difference(sources, SOURCES)):
             raise UserError(
-                f"data.source_copies names {unknown[0]!r}; the version holds {', '.join(sources) or 'no source'}, and "
-                f"sources are {', '.join(SOURCES)}"
+                f"data.source_copies (mix of a view_loader) names {unknown[0]!r}; the version holds "
+                f"{', '.join(sources) or 'no source'}, and sources are {', '.join(SOURCES)}"
             )
         weights = {name: float((mix or {}).get(name, 1)) for name in sources}
         fractions = [name for name, weight in weights.items() if weight != int(weight)]

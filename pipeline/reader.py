@@ -21,7 +21,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -229,12 +229,15 @@ class VersionReader:
         spoilt it.
 
         Raises:
+            CancelledError: if the reader was closed meanwhile, and there is something left to read.
             DamagedDataError: if it is not what was written, naming shard and sample.
             StoreError, FileNotFoundError: if it cannot be read at all.
         """
         try:
             return self._unpack(request, future)
         except DamagedDataError:
+            if self._reads is None:
+                raise CancelledError from None
             shard = self.shard(int(self.index.shard[request.row]))
             starts, lengths = [p.start for p in request.parts], [p.length for p in request.parts]
             return self._unpack(request, self.reads.submit_again(shard, starts, lengths))

@@ -9,8 +9,8 @@ Four promises, by locks of the kernel (flock), which end with their process howe
 
 - *Half a shard never has the name of a shard.* It is written under a temporary name, checked, and renamed.
 - *What is in use is never evicted.* A reader holds a shared lock on the open file; the evictor needs an exclusive one.
-- *A file that its disk has changed does no harm.* What a reader finds damaged, checksum by checksum, is hashed whole;
-  is it no longer what was brought, it is removed and the store is read.
+- *A file that its disk has changed does no harm.* Where a reader finds a wrong checksum it reads the store, and the
+  file is hashed whole; if it is no longer what was brought, it is removed.
 - *The limit holds across processes.* Room is made under `.lock`, counting files and reservations alike. The least
   recently opened goes first. Where all that is there is in use, the caller is told so and reads by ranges instead.
 
@@ -86,9 +86,12 @@ class ShardCache:
                 os.close(descriptor)
                 continue
             if found.st_size != shard.num_bytes:
-                log.warning("cache: %s has %d bytes, not %d; removed", self.path(shard), found.st_size, shard.num_bytes)
-                self.path(shard).unlink(missing_ok=True)
-                os.close(descriptor)
+                told = (self.path(shard), found.st_size, shard.num_bytes)
+                try:
+                    if self._remove_open(shard, descriptor):
+                        log.warning("cache: %s has %d bytes, not %d; removed", *told)
+                finally:
+                    os.close(descriptor)
                 return None
             with contextlib.suppress(OSError):
                 os.utime(descriptor)
@@ -116,7 +119,11 @@ class ShardCache:
             return descriptor, True
 
     def remove_damaged(self, shard: ShardRef, descriptor: int) -> bool:
-        """Hash an open shard and remove it if its bytes are not those of its name; returns whether they are not."""
+        """Hash an open shard and remove it if its bytes are not those of its name; returns whether it was removed.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
         digest, at = hashlib.sha256(), 0
         with contextlib.suppress(OSError):  # a disk that cannot read it
             while chunk := os.pread(descriptor, CHUNK_BYTES, at):
@@ -124,12 +131,19 @@ class ShardCache:
                 at += len(chunk)
         if (digest.hexdigest(), at) == (shard.sha256, shard.num_bytes):
             return False
-        path = self.path(shard)
-        with self._locked(f".lock-{shard.sha256[:2]}"), contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):  # nobody has brought it again meanwhile
-                path.unlink()
-                log.warning("cache: %s is no longer what was brought; removed, and read from the store", path)
-        return True
+        with self._locked(f".lock-{shard.sha256[:2]}"):
+            removed = self._remove_open(shard, descriptor)
+        if removed:
+            log.warning("cache: %s is no longer what was brought; removed, and read from the store", self.path(shard))
+        return removed
+
+    def _remove_open(self, shard: ShardRef, descriptor: int) -> bool:
+        """Remove a shard's file if it is the open one, and not one that was brought again meanwhile; whether it was."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.path(shard).stat(), os.fstat(descriptor)):
+                self.path(shard).unlink()
+                return True
+        return False
 
     def _download(self, store: Store, shard: ShardRef) -> None:
         with self._locked(".lock"):
@@ -231,7 +245,7 @@ class CachedReads:
         self._bringing: dict[ShardRef, threading.Lock] = {}
         self._lock = threading.Lock()
         self._told = False
-        self._bad: set[ShardRef] = set()  # in the store itself
+        self._bad: set[ShardRef] = set()  # in the store itself, or on a disk that keeps what is damaged
         weakref.finalize(self, _let_go, self._held, 0)  # dropped without `close`, its shards may be evicted
 
     def submit(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> Future[list[Buffer]]:
@@ -254,10 +268,7 @@ class CachedReads:
             return self._beyond.submit(shard, starts, lengths).result()
         try:
             descriptor = self._descriptor(shard)
-        except DamagedDataError as error:  # in part, it may be: by ranges each sample is held to its own checksums
-            if shard not in self._bad:
-                self._bad.add(shard)
-                log.warning("cache: %s; not cached, its samples are read by ranges", error)
+        except DamagedDataError:  # in part, it may be: by ranges each sample is held to its own checksums
             return self._beyond.submit(shard, starts, lengths).result()
         except CacheFullError:
             self.stats.count(cache_bypasses=1)
@@ -280,15 +291,30 @@ class CachedReads:
         return self._pool.submit(self._read_again, shard, starts, lengths)
 
     def _read_again(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
-        with self._lock:
-            held = self._held.pop(shard, None)
-        descriptor = self._cache.open(shard) if held is None else held
-        if descriptor is not None:
-            try:
-                self.stats.count(cache_damaged=int(self._cache.remove_damaged(shard, descriptor)))
-            finally:
-                os.close(descriptor)
+        try:
+            self._look_for_damage(shard)
+        except OSError as error:  # of a disk that can be neither read nor written
+            self._pass_by(shard, f"{self._cache.path(shard)}: {error.strerror}")
         return self._beyond.submit(shard, starts, lengths).result()
+
+    def _look_for_damage(self, shard: ShardRef) -> None:
+        """Let go of a cached shard, and remove it if it is damaged; in its turn, or others would take it up again."""
+        with self._lock:
+            turn = self._bringing.setdefault(shard, threading.Lock())
+        with turn:
+            with self._lock:
+                held = self._held.pop(shard, None)
+            descriptor = self._cache.open(shard) if held is None else held
+            if descriptor is not None:
+                try:
+                    self.stats.count(cache_damaged=int(self._cache.remove_damaged(shard, descriptor)))
+                finally:
+                    os.close(descriptor)
+
+    def _pass_by(self, shard: ShardRef, why: object) -> None:
+        """Read a shard by ranges from now on."""
+        self._bad.add(shard)
+        log.warning("cache: %s; not cached, its samples are read by ranges", why)
 
     def _descriptor(self, shard: ShardRef) -> int:
         """Return a descriptor of the caller's own on a cached shard."""
@@ -305,9 +331,14 @@ class CachedReads:
                 if held is not None:
                     self.stats.count(cache_hits=1)
                     return os.dup(held)
-            with self._lock:
                 _let_go(self._held, self._max_open - 1)
-            descriptor, brought = self._cache.bring(self._store, shard)
+            if shard in self._bad:
+                raise DamagedDataError(f"shard {shard.key} is damaged")  # as who had the turn before this found
+            try:
+                descriptor, brought = self._cache.bring(self._store, shard)
+            except DamagedDataError as error:
+                self._pass_by(shard, error)
+                raise
             with self._lock:
                 if (other := self._held.pop(shard, None)) is not None:
                     os.close(other)  # let go while this waited for its turn, and brought again in another's

@@ -52,6 +52,13 @@ def produce_on_a_full_disk(
     return produce_module._try(attempt, spec, fingerprint, asset)
 
 
+def produce_noting_full_disks(folder: str, spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """As `produce_on_a_full_disk` once, 0.1 s each, with a file in `folder` for every try of every object."""
+    (Path(folder) / secrets.token_hex(8)).write_text(asset.uid)
+    time.sleep(0.1)
+    return produce_on_a_full_disk(1, str(Path(folder).with_name("full")), spec, fingerprint, asset)
+
+
 def produce_slowly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
     """Make a ball, 0.3 s each."""
     time.sleep(0.3)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import guard, logs, runs, watch
+from jobs import produce as produce_module
 from jobs.build import build
 from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
 from jobs.metrics import COUNTERS, GAUGES
@@ -28,7 +30,9 @@ from pipeline import version
 from pipeline.receipt import load
 from pipeline.spec import DatasetSpec
 from pipeline.store import open_store
-from pipeline.types import UserError
+from pipeline.types import Asset, Failure, Sample, UserError
+from render import worker as render_worker
+from render.supervisor import FullDiskError
 from tests import corpora
 from tests.conftest import make_asset
 from tests.jobs import fakes
@@ -155,6 +159,33 @@ def test_an_object_that_meets_a_full_disk_wherever_it_goes_ends_the_run(tmp_path
     assert build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False).accounted
 
 
+def test_an_object_that_met_a_full_disk_lets_the_others_of_its_shard_go_first(tmp_path: Path) -> None:
+    """The next try would meet the same disk: three in a row end the run within seconds."""
+    for name in ("tries", "full"):
+        (tmp_path / name).mkdir()
+    produce = functools.partial(fakes.produce_noting_full_disks, str(tmp_path / "tries"))
+    assert build(make_spec(20, 20), str(tmp_path / "c"), produce=produce, show_progress=False).samples == 20
+    tries = sorted((path.stat().st_mtime_ns, path.read_text()) for path in (tmp_path / "tries").iterdir())
+    assert [place for place, (_, uid) in enumerate(tries) if uid == "procedural-1"][1:] >= [17], "of 21"
+
+
+def test_a_disk_that_others_have_filled_is_not_held_against_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may meet one as often as it likes: the guard makes its node wait."""
+    monkeypatch.setattr(guard, "LOOK_S", 0.0)
+    found = [""]
+    monkeypatch.setattr(DiskGuard, "_look", lambda _: found[0])
+
+    def produce(after: str, spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+        found[0] = after
+        raise FullDiskError("no room")
+
+    for after, suspect in (("/tmp has 1 MiB free", False), ("", True)):
+        found[0] = ""
+        told, result = watch.watched(functools.partial(produce, after), make_spec(), "f", make_asset("procedural-1"))
+        assert result is None
+        assert told["suspect"] is suspect
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
     """A file system of 96 MiB; the test is skipped where none can be mounted."""
@@ -165,6 +196,32 @@ def small_disk(tmp_path: Path) -> Path:
     ).returncode:  # fmt: skip
         pytest.skip("needs root and the right to mount a tmpfs")
     return place
+
+
+def test_what_an_object_filled_a_disk_with_goes_with_it(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its node would wait for ever for room that the worker itself takes."""
+    for module, name, seconds in ((watch, "ROOM_WAIT_S", 1.0), (guard, "POLL_S", 0.05), (guard, "LOOK_S", 0.05)):
+        monkeypatch.setattr(module, name, seconds)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    command = [sys.executable, "-P", "-s", str(fakes.FAKE_CHILD)]
+    monkeypatch.setattr(render_worker, "default_command", lambda: command)
+    spec = with_workers(make_spec(), min_free_bytes=16 * 2**20)
+
+    def attempt(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample:
+        (small_disk / f"{asset.uid}.glb").touch()
+        path = small_disk / f"{asset.uid}.glb"  # its name is what the child does
+        one = replace(asset, uri=str(path), format="glb")
+        return produce_module._worker(render_worker.RenderWorker, spec, fingerprint).render(one, path)
+
+    try:
+        results = []
+        for uid in ("good", "fill", "good"):
+            told, result = watch.watched(functools.partial(produce_module._try, attempt), spec, "f", make_asset(uid))
+            results.append((result is not None, told.get("suspect")))
+        assert results == [(True, None), (False, True), (True, None)]
+    finally:
+        produce_module.close_worker()
+        subprocess.run(["umount", "-l", str(small_disk)], check=True)
 
 
 def test_a_run_pauses_while_the_disk_of_its_corpus_is_full_and_then_goes_on(

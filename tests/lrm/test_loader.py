@@ -363,6 +363,27 @@ def test_damaged_shards_are_caught_and_named(
         next(loader)
 
 
+def test_a_sample_that_is_damaged_in_part_is_delivered_alike_on_a_resumed_run(tmp_path: Path) -> None:
+    """Whether a sample is replaced is a matter of the views that are wanted, not of what was found out before."""
+    corpus = build_corpus(tmp_path, num_objects=8, num_views=4, size_px=16)
+    reader = VersionReader.open(corpus)
+    path, part = Path(corpus) / reader.shard(int(reader.index.shard[2])).key, reader.index.parts(2, [3])[-1]
+    data = bytearray(path.read_bytes())
+    data[part.start + part.length // 2] ^= 1
+    overwrite(path, bytes(data))
+
+    def rows_of(num_batches: int, state: Mapping[str, Any] | None = None) -> list[tuple[Mapping[str, Any], list[int]]]:
+        work = LoaderOptions(max_damaged_samples=1)
+        with view_loader(corpus, num_views=2, image_px=16, batch_size=4, options=work) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
+            return [(loader.state_dict(), next(loader)["row"].tolist()) for _ in range(num_batches)]
+
+    whole = rows_of(16)
+    assert all(rows_of(1, state) == [(state, rows)] for state, rows in whole)
+    assert 0 < sum(rows.count(2) for _, rows in whole) < 8, "it is delivered in some epochs, and replaced in others"
+
+
 def test_a_missing_shard_stops_the_run(tmp_path: Path) -> None:
     corpus = build_corpus(tmp_path, num_objects=8, num_views=4, size_px=SIZE_PX)
     path = shard_files(corpus)[0]

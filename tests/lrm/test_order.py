@@ -130,8 +130,7 @@ def test_a_fraction_takes_other_rows_each_epoch_and_all_in_turn(half: int, weigh
 def test_a_mix_that_cannot_be_is_refused_and_sources_that_are_not_there_are_passed_over() -> None:
     with pytest.raises(UserError, match=r"data.source_copies of a is 0.5; whole numbers are needed .*cache_dir"):
         order_of(9, mix={"a": 0.5}, block_shards=2)
-    with pytest.raises(
-        UserError, match=r"data.source_copies names 'mvimagenet'; the version holds a, .* mvimgnet, colmap"
-    ):
+    told = r"data.source_copies \(mix of a view_loader\) names 'mvimagenet'; the version holds a, .* mvimgnet, colmap"
+    with pytest.raises(UserError, match=told):
         order_of(9, mix={"mvimagenet": 3})
     assert len(order_of(9, mix={"mvimgnet": 3})) == 9

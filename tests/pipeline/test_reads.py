@@ -24,7 +24,7 @@ from pipeline.receipt import member_index
 from pipeline.shard_reads import FIRST_REQUESTS, GAP_SHARE, MAX_REQUESTS, MIN_GAP_BYTES, RemoteReads, join_spans
 from pipeline.store import StoreError, open_store
 from pipeline.types import UserError
-from tests.lrm.conftest import build_corpus
+from tests.lrm.conftest import build_corpus, damage_sample
 
 
 class WebServer(ThreadingHTTPServer):
@@ -302,6 +302,21 @@ def quick_switches() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+def test_what_was_damaged_is_not_read_again_once_the_reader_is_closed(tmp_path: Path) -> None:
+    """It would begin threads, and connections, that nobody ends."""
+    corpus = build_corpus(tmp_path, num_objects=1, num_views=2, size_px=16)
+    damage_sample(corpus, 0)
+    reader = VersionReader.open(corpus)
+    request = reader.request(0, (0,))
+    future = reader.fetch(request)
+    reader.close()
+    with pytest.raises(CancelledError):
+        reader.collect(request, future)
+    assert reader._reads is None
+    with pytest.raises(DamagedDataError):
+        reader.read_views(0, (0,))
 
 
 def test_closing_ends_the_wait_for_what_was_sent_and_what_was_not(server: WebServer) -> None:

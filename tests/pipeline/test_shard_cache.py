@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -333,9 +334,113 @@ def test_what_another_process_brought_again_stays(tmp_path: Path) -> None:
     damage(cache.path(shards[0]), "flipped")
     cache.path(shards[0]).unlink()
     os.close(cache.bring(store, shards[0])[0])
-    assert cache.remove_damaged(shards[0], spoilt)
+    assert not cache.remove_damaged(shards[0], spoilt)
     os.close(spoilt)
     assert held_files(cache.folder) == {shards[0].sha256}
+
+
+def test_a_file_of_another_length_that_was_brought_again_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache, fstat = ShardCache(tmp_path / "cache", 4 * NUM_BYTES), os.fstat
+    os.close(cache.bring(store, shards[0])[0])
+    damage(cache.path(shards[0]), "cut")
+
+    def others_are_quicker(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        if found.st_size == 80:
+            monkeypatch.undo()
+            cache.path(shards[0]).unlink()
+            os.close(cache.bring(store, shards[0])[0])
+        return found
+
+    monkeypatch.setattr(os, "fstat", others_are_quicker)
+    assert cache.open(shards[0]) is None
+    assert held_files(cache.folder) == {shards[0].sha256}
+    assert open_descriptors(cache.folder) == 0
+
+
+def test_a_damaged_shard_that_several_hold_is_counted_by_the_one_that_removes_it(tmp_path: Path) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    both = [CachedReads(store, cache, FolderReads(store), max_open=2) for _ in range(2)]
+    for reads in both:
+        reads.submit(shards[0], [0], [100]).result()
+    damage(cache.path(shards[0]), "flipped")
+    for reads in both:
+        assert reads.submit_again(shards[0], [0], [100]).result() == [bytes(100)]
+        reads.close()
+    assert [reads.stats.cache_damaged for reads in both] == [1, 0]
+
+
+def test_nobody_takes_up_a_damaged_shard_while_it_is_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    reads.submit(shards[0], [0], [100]).result()
+    damage(cache.path(shards[0]), "flipped")
+    begun, go_on, remove = threading.Event(), threading.Event(), cache.remove_damaged
+
+    def slowly(shard: ShardRef, descriptor: int) -> bool:
+        begun.set()
+        return go_on.wait(30) and remove(shard, descriptor)
+
+    monkeypatch.setattr(cache, "remove_damaged", slowly)
+    again = reads.submit_again(shards[0], [0], [100])
+    assert begun.wait(30)
+    another = reads.submit(shards[0], [0], [100])
+    with contextlib.suppress(TimeoutError):
+        another.result(timeout=0.2)
+    go_on.set()
+    assert again.result() == another.result() == [bytes(100)]
+    assert (reads.stats.cache_damaged, reads.stats.cache_misses) == (1, 2)
+    reads.close()
+
+
+def test_a_damaged_shard_that_cannot_be_removed_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a disk fails, the system mounts it anew to be read only."""
+    store, shards = make_store(tmp_path / "corpus", 1)
+    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    reads.submit(shards[0], [0], [100]).result()
+    damage(cache.path(shards[0]), "flipped")
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert reads.submit_again(shards[0], [0], [100]).result() == [bytes(100)]
+    assert reads.submit(shards[0], [0], [100]).result() == [bytes(100)], "and not from the damaged file"
+    monkeypatch.undo()
+    reads.close()
+    assert reads.stats.cache_damaged == 0
+    assert open_descriptors(cache.folder) == 0
+
+
+def test_of_all_that_ask_for_a_shard_that_is_damaged_in_the_store_one_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import shard_cache
+
+    store, shards = make_store(tmp_path / "corpus", 1)
+    (tmp_path / "corpus" / shards[0].key).write_bytes(b"\7" * NUM_BYTES)
+    cache, get, times = ShardCache(tmp_path / "cache", 4 * NUM_BYTES), shard_cache.obstore.get, list[str]()
+
+    def counted(backend: object, key: str) -> object:
+        times.append(key)
+        time.sleep(0.1)  # so that all that ask come while it is on its way
+        return get(backend, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_cache.obstore, "get", counted)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    reads.bring_ahead(shards)
+    for future in [reads.submit(shards[0], [0], [9]) for _ in range(8)]:
+        assert future.result() == [b"\7" * 9]
+    reads.close()
+    assert times == [shards[0].key]
 
 
 def test_a_cached_shard_that_the_disk_cannot_read_is_read_from_the_store(
