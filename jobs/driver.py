@@ -33,17 +33,17 @@ from tqdm import tqdm
 
 from jobs.nodes import NodeFacts, agree, count_slots, living, skew
 from jobs.produce import Producer
-from jobs.watch import Watch, watched
+from jobs.watch import Watch, assembled, watched
 from pipeline import receipt
 from pipeline.plan import PlanSet, ShardPlan
 from pipeline.spec import DatasetSpec
 from pipeline.store import Store
 from pipeline.types import Asset, Failure, FailureKind, Sample, UserError
-from render.process import ScratchFolder
+from render.supervisor import FullDiskError
 
 MAX_SHARD_TRIES = 3
 MAX_FULL_DISKS = 3
-"""So often an object may be broken off by a full disk that it may have filled itself, before the run ends."""
+"""So often an object may be broken off by a full disk on which there was room again once its files were gone."""
 MAX_NODE_LOSSES = 5
 """So many nodes may die under an object, or a shard, before the object is quarantined, or the run ends."""
 NODES_EVERY_S = 2.0
@@ -120,6 +120,7 @@ class _OpenShard:
     results: dict[str, _Result] = field(default_factory=dict)  # by uid
     tries: int = 1
     losses: int = 0
+    is_held_up: bool = False  # for want of room on a disk
     assembly: Any = None  # reference of the one that is under way
 
 
@@ -153,13 +154,11 @@ def _make(
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _assemble(store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure) -> receipt.Tally:
-    """Write, verify, store and commit one shard; its results come by reference. Returns the counts that count."""
-    scratch = ScratchFolder(None, prefix="lrm-shard-")  # also removes what a killed worker left: tars are large
-    try:
-        return receipt.tally_of(receipt.commit_shard(store, plan, dict(zip(uids, results)), scratch.path)[0])
-    finally:
-        scratch.close()
+def _assemble(
+    spec: DatasetSpec, store: Store, plan: ShardPlan, uids: Sequence[str], *results: Sample | Failure
+) -> receipt.Tally:
+    """Store and commit one shard, whose results come by reference; returns the counts that count."""
+    return assembled(spec, store, plan, dict(zip(uids, results)))
 
 
 def blames_node(error: BaseException) -> bool:
@@ -330,7 +329,7 @@ class Driver:
         uids = [asset.uid for asset in shard.plan.assets]
         references = [shard.results[uid].reference for uid in uids]
         task = _assemble.options(num_cpus=0, name="assemble shard")
-        shard.assembly = task.remote(self.store, shard.plan, uids, *references)
+        shard.assembly = task.remote(self.given[1], self.store, shard.plan, uids, *references)
         self.assembling[shard.assembly] = (shard, time.monotonic())
 
     def _made(self, reference: Any) -> None:
@@ -357,9 +356,13 @@ class Driver:
         """Make an object that found no room after the rest of its shard; it may be the one that takes the room."""
         uid = task.asset.uid
         self.broken_off[uid] += status["suspect"]
-        if self.broken_off[uid] >= MAX_FULL_DISKS:
-            raise UserError(f"object {uid} met a full disk {self.broken_off[uid]} times: {status['full']}")
-        if not any(other.asset is task.asset for other in self.making.values()):
+        times = self.broken_off[uid]
+        if times >= MAX_FULL_DISKS:
+            found = f"met a full disk {times} times: {status['full']}"
+            if not self.spec.workers.min_free_bytes:  # nothing tells then whether others took the room
+                raise UserError(f"object {uid} {found}")
+            self._give_up(task.shard, Failure(uid=uid, kind=FailureKind.TOO_LARGE, message=found, attempts=times))
+        elif not any(other.asset is task.asset for other in self.making.values()):
             task.shard.waiting.insert(0, task.asset)
 
     def _check_clock(self, task: _Task, status: Mapping[str, Any]) -> None:
@@ -425,8 +428,12 @@ class Driver:
             log_tail=str(error),
             attempts=times,
         )
-        shard.results[asset.uid] = _Result(ray.put(failure), "", 0)
-        self._count({"kind": kind.value, "views": 0})
+        self._give_up(shard, failure)
+
+    def _give_up(self, shard: _OpenShard, failure: Failure) -> None:
+        """Take a failure that no worker returned for the result of an object."""
+        shard.results[failure.uid] = _Result(ray.put(failure), "", 0)
+        self._count({"kind": failure.kind.value, "views": 0})
 
     def _assembled(self, reference: Any) -> None:
         shard, sent_s = self.assembling.pop(reference)
@@ -451,6 +458,11 @@ class Driver:
     def _not_assembled(self, shard: _OpenShard, error: RayError) -> None:
         """Assemble again; what a node took with it is made again first."""
         cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, FullDiskError):  # the next try waits for room too, on this node or another
+            if not shard.is_held_up:
+                tqdm.write(f"shard {shard.plan.index} waits: {cause}; it goes on when there is room", file=sys.stderr)
+            shard.is_held_up = True
+            return
         lost = blames_node(cause) or isinstance(cause, ObjectLostError)
         if lost:
             shard.losses += 1

@@ -28,12 +28,14 @@ from jobs import guard, logs, runs
 from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
 from jobs.metrics import RunMetrics
 from jobs.produce import close_worker
-from pipeline import summary
+from pipeline import receipt, summary
 from pipeline.plan import ShardPlan
 from pipeline.receipt import Tally
 from pipeline.spec import DatasetSpec
 from pipeline.store import Store, StoreError
 from pipeline.types import Asset, Failure, Sample
+from render.confine import full_disk
+from render.process import ScratchFolder
 from render.supervisor import FullDiskError, Supervisor
 
 ROOM_WAIT_S = 20.0
@@ -65,11 +67,7 @@ def watched(
     """
     logs.setup()
     node, trace = socket.gethostname(), logs.trace_of(fingerprint, asset.uid)
-    disk = _disks.setdefault(spec.model_dump_json(), DiskGuard(guard.worker_folders(spec), spec.workers.min_free_bytes))
-    if disk.full():
-        close_worker()  # what its last object left behind may be what takes the room
-    until = time.monotonic() + ROOM_WAIT_S
-    disk.wait(lambda found: logs.event("disk", full=found), lambda: time.monotonic() > until)
+    disk = _wait_for_room(spec)
     if found := disk.full():
         return {"full": found, "node": node, "suspect": False}, None
     with logs.tracing(trace):
@@ -93,6 +91,44 @@ def watched(
         told["seconds"] = {"task": elapsed_s} | _stages(result)
         _say_ended(asset, result, told)
         return told, result
+
+
+def assembled(spec: DatasetSpec, store: Store, plan: ShardPlan, results: Mapping[str, Sample | Failure]) -> Tally:
+    """Write, verify, store and commit one shard in a worker; returns the counts that count.
+
+    Raises:
+        FullDiskError: if others have taken the room on the node's disks that its tar needs.
+    """
+    disk = _wait_for_room(spec)
+    if found := disk.full():
+        raise FullDiskError(f"{found} (on {socket.gethostname()})")
+    try:
+        return _committed(store, plan, results)
+    except StoreError as error:
+        if (full := full_disk(error.__cause__)) is None:
+            raise
+        time.sleep(guard.LOOK_S)
+        if disk.full():
+            raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
+        raise
+
+
+def _committed(store: Store, plan: ShardPlan, results: Mapping[str, Sample | Failure]) -> Tally:
+    scratch = ScratchFolder(None, prefix="lrm-shard-")  # also removes what a killed worker left: tars are large
+    try:
+        return receipt.tally_of(receipt.commit_shard(store, plan, results, scratch.path)[0])
+    finally:
+        scratch.close()
+
+
+def _wait_for_room(spec: DatasetSpec) -> DiskGuard:
+    """Return the guard of this process's disks once there is room, or when it has waited for long enough."""
+    disk = _disks.setdefault(spec.model_dump_json(), DiskGuard(guard.worker_folders(spec), spec.workers.min_free_bytes))
+    if disk.full():
+        close_worker()  # what its last object left behind may be what takes the room
+    until = time.monotonic() + ROOM_WAIT_S
+    disk.wait(lambda found: logs.event("disk", full=found), lambda: time.monotonic() > until)
+    return disk
 
 
 def _told(result: Sample | Failure) -> dict[str, Any]:

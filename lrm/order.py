@@ -188,6 +188,8 @@ class SampleOrder:
                 f"data.source_copies (mix of a view_loader) names {unknown[0]!r}; the version holds "
                 f"{', '.join(sources) or 'no source'}, and sources are {', '.join(SOURCES)}"
             )
+        if bad := [name for name, copies in (mix or {}).items() if not 0 <= copies <= 1000]:
+            raise UserError(f"data.source_copies of {bad[0]} is {(mix or {})[bad[0]]:g}; 0 to 1000 are allowed")
         weights = {name: float((mix or {}).get(name, 1)) for name in sources}
         fractions = [name for name, weight in weights.items() if weight != int(weight)]
         if block_shards and fractions:

@@ -193,7 +193,7 @@ def _naming(plan: ShardPlan, scratch_dir: Path) -> Iterator[None]:
     except (StoreError, SampleError, DamagedDataError) as error:
         raise type(error)(f"{what}: {error}") from None
     except OSError as error:  # of the scratch folder: a store's own are StoreErrors
-        raise StoreError(f"{what}: its tar could not be written to {scratch_dir}: {error}") from None
+        raise StoreError(f"{what}: its tar could not be written to {scratch_dir}: {error}") from error
 
 
 def commit_rows(

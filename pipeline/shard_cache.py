@@ -40,7 +40,7 @@ from obstore.exceptions import BaseError, NotFoundError
 
 from pipeline.backends import short_error
 from pipeline.shard import DamagedDataError
-from pipeline.shard_reads import Buffer, ShardReads, ShardRef, read_file_ranges
+from pipeline.shard_reads import Buffer, ReadStats, ShardReads, ShardRef, read_file_ranges
 from pipeline.store import MissingObjectError, Store, StoreError
 from pipeline.types import UserError
 
@@ -57,10 +57,11 @@ class CacheFullError(Exception):
 
 
 class ShardCache:
-    """The cache folder. Safe between threads and processes."""
+    """The cache folder. Safe between threads and processes. `stats` counts the damaged shards that it removed."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
+        self.stats = ReadStats()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -142,6 +143,7 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path(shard).stat(), os.fstat(descriptor)):
                 self.path(shard).unlink()
+                self.stats.count(cache_damaged=1)
                 return True
         return False
 
@@ -220,7 +222,11 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with (self.folder / name).open("ab") as file:
+        try:
+            file = (self.folder / name).open("ab")
+        except OSError as error:
+            raise StoreError(f"cache {self.folder}: {name} cannot be opened: {error.strerror}") from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -238,7 +244,7 @@ class CachedReads:
         self, store: Store, cache: ShardCache, beyond: ShardReads, max_open: int, num_threads: int = 4
     ) -> None:
         self._store, self._cache, self._beyond, self._max_open = store, cache, beyond, max_open
-        self.stats = beyond.stats
+        self.stats = cache.stats = beyond.stats
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-cache")
         self._ahead = ThreadPoolExecutor(2, thread_name_prefix="shard-ahead")
         self._held: OrderedDict[ShardRef, int] = OrderedDict()
@@ -293,8 +299,8 @@ class CachedReads:
     def _read_again(self, shard: ShardRef, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
         try:
             self._look_for_damage(shard)
-        except OSError as error:  # of a disk that can be neither read nor written
-            self._pass_by(shard, f"{self._cache.path(shard)}: {error.strerror}")
+        except (OSError, StoreError) as error:  # of a disk that can be neither read nor written
+            self._pass_by(shard, f"{self._cache.path(shard)} is damaged and stays: {error}")
         return self._beyond.submit(shard, starts, lengths).result()
 
     def _look_for_damage(self, shard: ShardRef) -> None:
@@ -307,7 +313,7 @@ class CachedReads:
             descriptor = self._cache.open(shard) if held is None else held
             if descriptor is not None:
                 try:
-                    self.stats.count(cache_damaged=int(self._cache.remove_damaged(shard, descriptor)))
+                    self._cache.remove_damaged(shard, descriptor)
                 finally:
                     os.close(descriptor)
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -57,6 +58,16 @@ def produce_noting_full_disks(folder: str, spec: DatasetSpec, fingerprint: str, 
     (Path(folder) / secrets.token_hex(8)).write_text(asset.uid)
     time.sleep(0.1)
     return produce_on_a_full_disk(1, str(Path(folder).with_name("full")), spec, fingerprint, asset)
+
+
+def produce_and_fill(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:
+    """Make a ball; seed 1 waits for the others and fills the disk before it ends, to 8 MiB."""
+    if asset.uid.endswith("1"):
+        time.sleep(1.0)
+        ballast = Path(os.environ["LRM_TEST_BALLAST"])
+        ballast.write_bytes(bytes(shutil.disk_usage(ballast.parent).free - 8 * 2**20))
+        guard.LOOK_S = 0.0
+    return make_sample(asset.uid, fingerprint=fingerprint, asset=asset)
 
 
 def produce_slowly(spec: DatasetSpec, fingerprint: str, asset: Asset) -> Sample | Failure:

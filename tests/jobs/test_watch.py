@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -29,7 +30,7 @@ from jobs.status import corpus_status
 from pipeline import version
 from pipeline.receipt import load
 from pipeline.spec import DatasetSpec
-from pipeline.store import open_store
+from pipeline.store import StoreError, open_store
 from pipeline.types import Asset, Failure, Sample, UserError
 from render import worker as render_worker
 from render.supervisor import FullDiskError
@@ -150,11 +151,22 @@ def test_an_object_that_met_a_full_disk_is_made_elsewhere_or_later(tmp_path: Pat
     assert len(list((tmp_path / "tries").iterdir())) == 2
 
 
-def test_an_object_that_meets_a_full_disk_wherever_it_goes_ends_the_run(tmp_path: Path) -> None:
+def test_an_object_that_fills_every_disk_is_a_failure_where_disks_are_watched(tmp_path: Path) -> None:
+    """Others find room as soon as its files are gone, so it is the one."""
+    (tmp_path / "tries").mkdir()
+    produce = functools.partial(fakes.produce_on_a_full_disk, 99, str(tmp_path / "tries"))
+    summary = build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False)
+    assert (summary.samples, dict(summary.failures)) == (5, {"too_large": 1})
+    told = corpus_status(open_store(str(tmp_path / "c")))["plans"][0]
+    assert told["failed_lately"] == {"too_large": ["procedural-1"]}
+
+
+def test_where_no_disk_is_watched_an_object_that_meets_full_ones_ends_the_run(tmp_path: Path) -> None:
     produce = functools.partial(fakes.produce_on_a_full_disk, 99, str(tmp_path / "tries"))
     (tmp_path / "tries").mkdir()
+    unwatched = with_workers(make_spec(6, 3), min_free_bytes=0)
     with pytest.raises(UserError, match=r"-1 met a full disk 3 times: /scratch: No space left .* free some"):
-        build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False)
+        build(unwatched, str(tmp_path / "c"), produce=produce, show_progress=False)
     produce = functools.partial(fakes.produce_on_a_full_disk, 3, str(tmp_path / "tries"))
     assert build(make_spec(6, 3), str(tmp_path / "c"), produce=produce, show_progress=False).accounted
 
@@ -221,6 +233,66 @@ def test_what_an_object_filled_a_disk_with_goes_with_it(small_disk: Path, monkey
         assert results == [(True, None), (False, True), (True, None)]
     finally:
         produce_module.close_worker()
+        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+
+
+def test_a_shard_whose_node_has_no_room_waits_and_is_stored(small_disk: Path, tmp_path: Path) -> None:
+    """A run of a thousand nodes must not end because somebody fills the disk of one for a minute."""
+    ballast, corpus = small_disk / "ballast", tmp_path / "c"
+    command = [
+        sys.executable, "-c",
+        "from jobs.build import build; from tests.jobs import fakes; from tests.jobs.test_build import make_spec\n"
+        "from tests.jobs.test_watch import with_workers\n"
+        f"spec = with_workers(make_spec(2, 2), min_free_bytes={24 * 2**20})\n"
+        f"build(spec, {str(corpus)!r}, produce=fakes.produce_and_fill, show_progress=False)",
+    ]  # fmt: skip
+    environment = os.environ | {"TMPDIR": str(small_disk), "LRM_TEST_BALLAST": str(ballast)}
+    try:
+        run = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
+        assert run.stderr is not None
+        while not (line := run.stderr.readline()).startswith("shard 0 waits: "):
+            assert line, "the run ended"
+        assert "MiB are wanted (workers.min_free_bytes)" in line
+        assert not (corpus / "receipts").exists()
+        ballast.unlink()
+        said = run.communicate(timeout=120)[1]
+        assert run.returncode == 0, said
+        assert len(list((corpus / "receipts").iterdir())) == 1
+    finally:
+        run.kill()
+        run.wait()
+        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+
+
+def test_a_tar_that_finds_no_room_waits_if_others_took_it_and_is_an_error_if_not(
+    monkeypatch: pytest.MonkeyPatch, small_disk: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(guard, "LOOK_S", 0.0)
+    monkeypatch.setattr(watch, "ROOM_WAIT_S", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    store = open_store(str(tmp_path / "c"))
+    shard = corpora.freeze(store).shards[0]
+    spec = with_workers(make_spec(), min_free_bytes=2**20)
+    real = watch.receipt.commit_shard
+
+    def commit(*arguments: object) -> object:
+        with contextlib.suppress(OSError):
+            (small_disk / "ballast").write_bytes(bytes(2**27))
+        return real(*arguments)  # type: ignore[arg-type]
+
+    try:
+        monkeypatch.setattr(watch.receipt, "commit_shard", commit)
+        with pytest.raises(FullDiskError, match=r"No space left .* free some"):
+            watch.assembled(spec, store, shard, corpora.results_of(shard))
+        with pytest.raises(FullDiskError, match=r"workers\.min_free_bytes"):
+            watch.assembled(spec, store, shard, corpora.results_of(shard))
+        with pytest.raises(StoreError, match="its tar could not be written"):
+            watch.assembled(with_workers(spec, min_free_bytes=0), store, shard, corpora.results_of(shard))
+        (small_disk / "ballast").unlink()
+        monkeypatch.setattr(watch.receipt, "commit_shard", real)
+        assert watch.assembled(spec, store, shard, corpora.results_of(shard)).samples == 2
+        assert list(small_disk.iterdir()) == []
+    finally:
         subprocess.run(["umount", "-l", str(small_disk)], check=True)
 
 

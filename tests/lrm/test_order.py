@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -133,4 +134,7 @@ def test_a_mix_that_cannot_be_is_refused_and_sources_that_are_not_there_are_pass
     told = r"data.source_copies \(mix of a view_loader\) names 'mvimagenet'; the version holds a, .* mvimgnet, colmap"
     with pytest.raises(UserError, match=told):
         order_of(9, mix={"mvimagenet": 3})
+    for copies in (math.nan, math.inf, -1.0):
+        with pytest.raises(UserError, match=r"data\.source_copies of mvimgnet is .*; 0 to 1000 are allowed"):
+            order_of(9, mix={"mvimgnet": copies})
     assert len(order_of(9, mix={"mvimgnet": 3})) == 9
