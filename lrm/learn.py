@@ -157,14 +157,14 @@ def write_lines(lines: Sequence[Line], path: Path, *, across: int = 2, scale: in
     size = lines[0].given.shape[0] * scale
     step = size + GAP_PX
     width, height = across * len(COLUMNS) * step + (across - 1) * 4 * GAP_PX, len(lines) // across * step
-    sheet = np.full((HEADER_PX + height, width, 3), GREY, np.float32)
+    sheet = np.full((HEADER_PX + height, width, 3), round(255 * GREY), np.uint8)  # OpenCV 5 writes on bytes only
     for number, line in enumerate(lines):
         top, block = HEADER_PX + number // across * step, number % across
         for column, tile in enumerate((line.given, line.true, line.predicted, line.mean)):
             left = block * (len(COLUMNS) * step + 4 * GAP_PX) + column * step
-            large = cv2.resize(tile, (size, size), interpolation=cv2.INTER_NEAREST)
+            large = cv2.resize(to_pixels(tile), (size, size), interpolation=cv2.INTER_NEAREST)
             sheet[top : top + size, left : left + size] = large
             if number < across:
                 place = (left + 2, HEADER_PX - 4)
                 cv2.putText(sheet, COLUMNS[column], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    write_png(path, to_pixels(sheet))
+    write_png(path, sheet)

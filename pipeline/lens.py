@@ -200,7 +200,7 @@ def lens_map(
     values = (lens.pixels(grid) * scale - start).reshape(NUM_NODES, NUM_NODES, 2).astype(np.float32)
     rows, columns = (_interpolation(int(number)) for number in (count[1], count[0]))
     for i in range(2):
-        part = rows @ values[..., i] @ columns.T
+        part = np.asarray(rows @ values[..., i] @ columns.T, np.float32)
         if full:
             maps[i] = part
         else:

@@ -83,7 +83,7 @@ def view_facts(rgba: NDArray[np.uint8], camera: Camera) -> dict[str, float | boo
     """
     opaque = rgba[..., 3] > 127
     border = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
-    count = max(1, np.count_nonzero(opaque))
+    count = max(1, int(np.count_nonzero(opaque)))
     clipped, black = cv2.inRange(rgba, _CLIPPED, _ANY), cv2.inRange(rgba, _OPAQUE, _BLACK)
     return {
         "alpha_coverage": alpha_coverage([rgba]),

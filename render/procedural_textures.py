@@ -13,11 +13,13 @@ hue keeps its lightness and a palette its contrast.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Int = NDArray[np.int64]
 Texture = Callable[[np.random.Generator, int, Float32], Float32]
 
@@ -92,19 +94,19 @@ def fractal(rng: np.random.Generator, n: int, lowest: float = 2, slope: float = 
     return (field / max(float(field.std()), 1e-12)).astype(np.float32)
 
 
-def mix(a: Float32, b: Float32, t: Float32) -> Float32:
+def mix(a: Floats, b: Floats, t: Floats) -> Float32:
     """Return colours [n, n, 3] that go from a to b ([3] or [n, n, 3]) as t [n, n] goes from 0 to 1."""
     weight = t.clip(0, 1)[..., None].astype(np.float32)
     return np.asarray(a * (1 - weight) + b * weight, np.float32)
 
 
-def ramp(t: Float32, colors: Float32) -> Float32:
+def ramp(t: Floats, colors: Float32) -> Float32:
     """Return colours [n, n, 3] of a piecewise linear gradient through colors [k, 3] at t [n, n] in [0, 1]."""
     table = np.stack([np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(colors)), c) for c in colors.T], -1)
     return table.astype(np.float32)[(t.clip(0, 1) * 255).astype(np.int64)]
 
 
-def step(value: Float32, edge: float, width: float) -> Float32:
+def step(value: Floats, edge: float, width: float) -> Float32:
     """Return a smoothed step [n, n]: 0 below edge - width, 1 above edge + width."""
     t = ((value - edge) / (2 * width) + 0.5).clip(0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
@@ -348,7 +350,7 @@ def panels(rng: np.random.Generator, n: int, colors: Float32) -> Float32:
 
 def contours(rng: np.random.Generator, n: int, colors: Float32) -> Float32:
     """Height bands of a soft noise with dark contour lines, like a map or an agate."""
-    height = 0.5 + 0.2 * fractal(rng, n, rng.integers(1, 3), 2.5)
+    height = 0.5 + 0.2 * fractal(rng, n, int(rng.integers(1, 3)), 2.5)
     bands = int(rng.integers(6, 12))
     t = height * bands
     image = ramp(np.floor(t) / bands, _pick(rng, colors, 4))

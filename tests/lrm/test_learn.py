@@ -132,6 +132,7 @@ def test_the_picture_shows_each_line_in_its_place(tmp_path: Path) -> None:
     write_lines(lines, tmp_path / "deep" / "lines.png", across=2, scale=2)
     picture = cv2.imread(str(tmp_path / "deep" / "lines.png"))
     assert picture is not None
+    assert (picture[:16].reshape(16, 2, -1).min(axis=(0, 2)) < 80).all(), "each block has a dark heading on its grey"
     row = picture[16 + 16 + 3 + 8, :, 0]  # through the middle of the second row of lines: numbers 2 and 3
     assert [int(row[column * 19 + 8]) for column in range(4)] == [51, 128, 204, 0]
     assert [int(row[4 * 19 + 12 + column * 19 + 8]) for column in range(4)] == [76, 128, 178, 0]
