@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from pipeline import SCHEMA
@@ -13,6 +14,27 @@ from pipeline.types import UserError
 def canonical_json(value: Any) -> bytes:
     """Return the one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse a value that has a canonical text, which NaN, 1e999 and what is nested too deeply have not.
+
+    Raises:
+        ValueError: saying what was found.
+    """
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        canonical_json(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
 
 
 def digest_json(value: Any) -> str:

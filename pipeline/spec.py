@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.canonical import digest_json
+from pipeline.canonical import digest_json, parse_json
 from pipeline.phash import MAX_DISTANCE
 from pipeline.types import CAPTURE_SOURCES, SOURCES, PlaneName, UserError
 
@@ -455,7 +455,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Da
 def spec_of_json(text: str, where: str) -> DatasetSpec:
     """Read the spec that a plan or a version holds; one of another release is a UserError."""
     try:
-        return validate_config(DatasetSpec, json.loads(text), where)
+        return validate_config(DatasetSpec, parse_json(text), where)
     except ValueError as error:
         raise UserError(f"{where}: the spec in it cannot be read: {error}") from None
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import logging
 import os
 import subprocess
@@ -29,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import SCHEMA, manifest, parquet, plan, redistribution, verify
-from pipeline.canonical import canonical_json, digest_json
+from pipeline.canonical import canonical_json, digest_json, parse_json
 from pipeline.listing import Listing, last_of_each
 from pipeline.plan import PlanSet
 from pipeline.quality import Refusal
@@ -209,7 +208,7 @@ def rules_note(plans: Sequence[PlanSet]) -> str | None:
 def _rules_of(plan: PlanSet) -> dict[str, dict[str, Any]]:
     """Return the rules that a plan holds as they stand there: another release's may lack what ours has."""
     try:
-        spec = json.loads(plan.spec_json)
+        spec = parse_json(plan.spec_json)
         return {part: dict(spec.get(part, {})) for part in ("admission", "split")}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"plan {plan.id}: the spec in it cannot be read: {error}; restore plans/") from None

@@ -6,12 +6,11 @@ rank and every worker of a DataLoader.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.canonical import check_schema, digest_json
+from pipeline.canonical import check_schema, digest_json, parse_json
 from pipeline.store import Store
 from pipeline.types import UserError
 
@@ -86,7 +85,7 @@ def open_version(store: Store, number: int | None = None) -> Version:
         if number == 0:
             raise UserError(f"corpus {store.url}: no version is published yet; run `make publish CORPUS={store.url}`")
     try:
-        record = json.loads(store.get(version_key(number), MAX_VERSION_BYTES))
+        record = parse_json(store.get(version_key(number), MAX_VERSION_BYTES))
     except FileNotFoundError:
         newest = latest_number(store)
         raise UserError(f"corpus {store.url}: there is no version {number}; versions 1 to {newest} exist") from None

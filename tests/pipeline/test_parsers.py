@@ -252,6 +252,16 @@ def test_any_version_record_is_a_typed_error_or_valid(tmp_path: Path, corpus: St
         version.open_rows(store, version.open_version(store, 1))
 
 
+@pytest.mark.parametrize("odd", ["Infinity", "-Infinity", "NaN", "1e999", "[" * 5000 + "]" * 5000])
+def test_what_has_no_canonical_text_is_no_version(tmp_path: Path, corpus: Store, odd: str) -> None:
+    text = corpus.get(version.version_key(1)).decode().replace('"heldout":0', f'"heldout":{odd}')
+    assert odd in text
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions/000001.json").write_text(text)
+    with pytest.raises(UserError, match=r"version 1 is not readable: .*(not a finite number|nested too deeply)"):
+        version.open_version(open_store(str(tmp_path)), 1)
+
+
 @QUICK
 @given(st.dictionaries(st.sampled_from(["planes", "codecs", "num_views", "offset", "lengths", "crc32s"]), odd_values))
 def test_any_row_of_a_manifest_is_a_typed_error_or_an_index(corpus: Store, changes: dict[str, Any]) -> None:
