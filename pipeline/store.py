@@ -413,11 +413,13 @@ def open_store(url: str, *, must_exist: bool = False) -> Store:
 def _open_folder(url: str, path: Path, must_exist: bool) -> Store:
     root = path.expanduser().absolute()
     if not root.is_dir():
-        if must_exist or root.exists():
-            found = "is not a folder" if root.exists() else "does not exist"
-            raise UserError(f"corpus {url}: {found}; give the folder or URL that `make render CORPUS=` wrote to")
+        other = "give the folder or URL that `make render CORPUS=` wrote to"
+        if must_exist:
+            raise UserError(f"corpus {url}: {'is not a folder' if root.exists() else 'does not exist'}; {other}")
         try:
-            root.mkdir(parents=True)
+            root.mkdir(parents=True, exist_ok=True)  # tasks of an array make it at the same time
+        except FileExistsError:
+            raise UserError(f"corpus {url}: is not a folder; {other}") from None
         except OSError as error:
             raise UserError(f"corpus {url}: the folder cannot be made: {error.strerror}") from None
     return Store(str(root), LocalStore(str(root)), root)

@@ -368,3 +368,23 @@ def test_no_secret_name_of_a_cloud_reaches_the_child() -> None:
     from render.process import ALLOWED_ENVIRONMENT
 
     assert not [name for name in ALLOWED_ENVIRONMENT if re.match("AWS|AZURE|GOOGLE|GCS|HF|WANDB|RAY", name)]
+
+
+def test_a_folder_that_another_makes_meanwhile_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of an array begin in the same second, and none of them may end for it."""
+    real = Path.is_dir
+
+    def late(path: Path) -> bool:
+        there = real(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return there
+
+    monkeypatch.setattr(Path, "is_dir", late)
+    assert open_store(str(tmp_path / "new" / "corpus")).create("a", b"x") is Outcome.CREATED
+
+
+def test_a_file_in_the_place_of_a_corpus_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for must_exist in (True, False):
+        with pytest.raises(UserError, match=r"file: is not a folder; give the folder or URL"):
+            open_store(str(tmp_path / "file"), must_exist=must_exist)
