@@ -83,14 +83,14 @@ def _try(
             sample = attempt_one(spec, fingerprint, asset)
         except UserError as error:
             kind = FullDiskError if isinstance(error, FullDiskError) else UserError
-            raise kind(f"{error} (on {socket.gethostname()})") from None
+            raise kind(on_this_node(error)) from None
         except AssetError as error:
             if (full := full_disk(error.__cause__)) is not None:  # that of the fetch cache
-                raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
+                raise FullDiskError(on_this_node(full)) from None
             failure = Failure.from_error(asset.uid, error, attempts=attempt)
         except Exception as error:  # noqa: BLE001 - a bug of ours must cost one object, with its trace, not the shard
             if (full := full_disk(error)) is not None:
-                raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
+                raise FullDiskError(on_this_node(full)) from None
             failure = Failure(
                 uid=asset.uid,
                 kind=FailureKind.INTERNAL,
@@ -103,6 +103,11 @@ def _try(
         if not failure.retryable:
             break
     return replace(failure, provenance=_where(begun) | _behind())
+
+
+def on_this_node(found: object) -> str:
+    """Return what was found with the node that it was found on, for a driver elsewhere."""
+    return f"{found} (on {socket.gethostname()})"
 
 
 def needs_trial(produce: Producer) -> bool:
@@ -128,7 +133,7 @@ def check_device(spec: DatasetSpec, fingerprint: str) -> str:
             with BorderTrial(spec) as trial:
                 trial.check()
     except UserError as error:
-        raise UserError(f"{error} (on {socket.gethostname()})") from None
+        raise UserError(on_this_node(error)) from None
     except AssetError:
         pass  # no word about the device: objects will fail with a kind, or not
     return ""

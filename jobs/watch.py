@@ -27,7 +27,7 @@ from tqdm import tqdm
 from jobs import guard, logs, runs
 from jobs.guard import DiskGuard, FailureGuard, RunStoppedError
 from jobs.metrics import RunMetrics
-from jobs.produce import close_worker
+from jobs.produce import close_worker, on_this_node
 from pipeline import receipt, summary
 from pipeline.plan import ShardPlan
 from pipeline.receipt import Tally
@@ -101,7 +101,7 @@ def assembled(spec: DatasetSpec, store: Store, plan: ShardPlan, results: Mapping
     """
     disk = _wait_for_room(spec)
     if found := disk.full():
-        raise FullDiskError(f"{found} (on {socket.gethostname()})")
+        raise FullDiskError(on_this_node(found))
     try:
         return _committed(store, plan, results)
     except StoreError as error:
@@ -109,7 +109,7 @@ def assembled(spec: DatasetSpec, store: Store, plan: ShardPlan, results: Mapping
             raise
         time.sleep(guard.LOOK_S)
         if disk.full():
-            raise FullDiskError(f"{full} (on {socket.gethostname()})") from None
+            raise FullDiskError(on_this_node(full)) from None
         raise
 
 

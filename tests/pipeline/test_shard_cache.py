@@ -34,6 +34,15 @@ def make_store(folder: Path, num_shards: int) -> tuple[Store, list[ShardRef]]:
     return store, shards
 
 
+def hold_one(folder: Path) -> tuple[list[ShardRef], ShardCache, CachedReads]:
+    """Read of the one shard of a corpus, so that it is cached and held."""
+    store, shards = make_store(folder / "corpus", 1)
+    cache = ShardCache(folder / "cache", 4 * NUM_BYTES)
+    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
+    reads.submit(shards[0], [0], [100]).result()
+    return shards, cache, reads
+
+
 def held_files(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.tar")}
 
@@ -380,10 +389,7 @@ def test_a_damaged_shard_that_several_hold_is_counted_by_the_one_that_removes_it
 def test_nobody_takes_up_a_damaged_shard_while_it_is_being_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, shards = make_store(tmp_path / "corpus", 1)
-    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
-    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
-    reads.submit(shards[0], [0], [100]).result()
+    shards, cache, reads = hold_one(tmp_path)
     damage(cache.path(shards[0]), "flipped")
     begun, go_on, remove = threading.Event(), threading.Event(), cache.remove_damaged
 
@@ -405,10 +411,7 @@ def test_nobody_takes_up_a_damaged_shard_while_it_is_being_removed(
 
 def test_a_damaged_shard_that_cannot_be_removed_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a disk fails, the system mounts it anew to be read only."""
-    store, shards = make_store(tmp_path / "corpus", 1)
-    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
-    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
-    reads.submit(shards[0], [0], [100]).result()
+    shards, cache, reads = hold_one(tmp_path)
     damage(cache.path(shards[0]), "flipped")
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -449,10 +452,7 @@ def test_of_all_that_ask_for_a_shard_that_is_damaged_in_the_store_one_brings_it(
 def test_a_cached_shard_that_the_disk_cannot_read_is_read_from_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, shards = make_store(tmp_path / "corpus", 1)
-    cache = ShardCache(tmp_path / "cache", 4 * NUM_BYTES)
-    reads = CachedReads(store, cache, FolderReads(store), max_open=2)
-    reads.submit(shards[0], [0], [100]).result()
+    shards, cache, reads = hold_one(tmp_path)
     bad, pread = cache.path(shards[0]).stat().st_ino, os.pread
 
     def refuse(descriptor: int, num_bytes: int, at: int) -> bytes:
